@@ -1,0 +1,13 @@
+"""The `logging` section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LoggingConfig:
+    interval: int = 1  # steps between lines
+    wandb: str = "offline"  # offline | online | off
+    wandb_project: str = "megatron_keye"
+    plot: bool = True  # loss.png
