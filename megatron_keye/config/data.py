@@ -1,48 +1,5 @@
-"""The `data` section: sources, packing, pixels and frames."""
+"""The `data` section is the data pipeline's own schema."""
 
-from __future__ import annotations
+from keye_data.settings import DataConfig, ImageConfig, SourceConfig, VideoConfig
 
-from dataclasses import dataclass, field
-
-from omegaconf import MISSING
-
-
-@dataclass
-class SourceConfig:
-    path: str = MISSING  # a folder made by tools/build_shards.py
-    weight: float = 1.0  # share of samples drawn from it
-
-
-@dataclass
-class ImageConfig:
-    min_tokens: int = 4  # after the 2x2 merge
-    max_tokens: int = 20_480
-
-
-@dataclass
-class VideoConfig:
-    fps: float = 2.0
-    min_frame_tokens: int = 64
-    max_frame_tokens: int = 256
-    total_tokens: int = 184_320  # for all videos of a sample together
-    max_frames: int = 2_880
-    adaptive_budget: bool = True  # up to 256 / 512 / 1024 s: 1/8, 1/4, 1/2 of the budget
-    timestamp_format: str = "<|frame|>{seconds:.1f}"  # written before each frame; not published; Keye 1.5's form
-    backend: str = "pyav"  # pyav | dali | torchcodec
-    device: str = "auto"  # where DALI decodes: cpu | gpu | auto
-
-
-@dataclass
-class DataConfig:
-    tokenizer: str = MISSING  # a Hugging Face folder, or a qwen.tiktoken file
-    sources: list[SourceConfig] = field(default_factory=list)
-    seq_length: int = 8192  # tokens of one packed row
-    packing: bool = True
-    packing_buffer: int = 64  # samples waiting to be packed
-    shuffle_buffer: int = 100
-    workers: int = 2  # loader processes per data-parallel rank
-    system_prompt: str | None = None
-    train_on: str = "answers"  # answers | all
-    image: ImageConfig = field(default_factory=ImageConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    max_failures_in_a_row: int = 100  # broken samples one after another before the run stops
+__all__ = ["DataConfig", "ImageConfig", "SourceConfig", "VideoConfig"]

@@ -1,0 +1,57 @@
+"""What passes between processor, packing, loader and trainer.
+
+Shapes: L tokens of one sample, B packed rows of S tokens, P patches of 14 x 14 pixels, N pictures and frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+IGNORE = -100
+
+
+@dataclass
+class Media:
+    """One picture, or the chosen frames of one clip, still encoded."""
+
+    kind: str  # "image" | "video"
+    data: bytes
+    frames: list[int]  # indices into `data`; [0] for a picture
+    size: tuple[int, int]  # (height, width) in pixels to resize to, multiples of 28
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return (self.size[0] // 28) * (self.size[1] // 28)
+
+
+@dataclass
+class EncodedSample:
+    key: str  # names the sample in logs: shard and key
+    source: str
+    input_ids: np.ndarray  # int64 [L]
+    labels: np.ndarray  # int64 [L], aligned with input_ids, IGNORE where nothing is to be predicted
+    position_ids: np.ndarray  # int64 [3, L]
+    media: list[Media] = field(default_factory=list)  # in the order of their tokens
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass
+class Batch:
+    """One micro-batch, decoded. Key ranges count within a row: token t sees key_start[t] <= s < key_stop[t]."""
+
+    input_ids: torch.Tensor  # int64 [B, S]
+    targets: torch.Tensor  # int64 [B, S]: the next token, IGNORE where none; never across documents
+    position_ids: torch.Tensor  # int64 [3, B, S]
+    key_start: torch.Tensor  # int32 [B, S]
+    key_stop: torch.Tensor  # int32 [B, S]; equal to key_start on padding
+    patches: torch.Tensor  # uint8 [P, 3, 14, 14], raster order inside a frame, frames in token order
+    grid: torch.Tensor  # int64 [N, 2]: patches down and across, per picture or frame
+    keys: list[str] = field(default_factory=list)  # the samples inside
+    sources: list[str] = field(default_factory=list)  # the source of each
+    skipped: dict[str, int] = field(default_factory=dict)  # since the last batch: reason -> samples
+    decode_ms: float = 0.0
