@@ -1,0 +1,119 @@
+"""`probe` and `decode`: the contract in front of the backends."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from av import VideoFrame
+from av.video.stream import VideoStream
+
+from keye_data.errors import DataError
+
+from . import with_pyav
+from .container import Source, check_size, opened, refuse_cut_short, source_name
+from .frames import UPRIGHT, Orientation, orientation
+from .packets import PacketTable, scan_open
+
+BACKENDS = ("pyav", "dali", "torchcodec")
+
+
+@dataclass
+class Info:
+    """What a clip holds. Width and height are those of the displayed frame, after rotation."""
+
+    n_frames: int
+    timestamps: np.ndarray  # float64 [n_frames], seconds from the first frame, ascending
+    width: int
+    height: int
+    codec: str
+    orientation: Orientation = UPRIGHT  # how the coded frame is turned for display
+    colorspace: int = 2  # the stream's matrix as H.273 numbers them; 2: not stated
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last, which is taken to last as long as the mean one."""
+        last = float(self.timestamps[-1])
+        return last + last / (self.n_frames - 1) if self.n_frames > 1 else 0.0
+
+
+def probe(src: Source) -> Info:
+    """Frame count, times, displayed size and codec. Reads every packet, decodes one frame. DataError when damaged."""
+    return _look(src)[1]
+
+
+def _look(src: Source) -> tuple[PacketTable, Info]:
+    name = source_name(src)
+    refuse_cut_short(src)
+    with opened(src) as (container, stream):
+        table = scan_open(container, stream, name)
+    with opened(src) as (container, stream):  # a fresh demuxer: not every format can be wound back
+        if table.exact:
+            pts = table.pts[table.frames]
+            first = next((f for _, f in with_pyav.wanted_frames(container, stream, table, np.zeros(1, np.int64))), None)
+        else:
+            pts, first = _frame_times(with_pyav.all_frames(container, stream), stream)
+    if first is None:
+        raise DataError(f"video {name}: no frame can be decoded")
+    check_size(first.width, first.height, f"video {name}")
+    how = orientation(first)
+    height, width = (first.width, first.height) if how[0] else (first.height, first.width)
+    times = (pts - pts[0]).astype(np.float64) * float(table.time_base)
+    return table, Info(len(pts), times, width, height, table.codec, how, int(first.colorspace))
+
+
+def _frame_times(frames: Iterator[VideoFrame], stream: VideoStream) -> tuple[np.ndarray, VideoFrame | None]:
+    """int64 pts of every decoded frame and the first frame; an even spacing where the stream gives no rising times."""
+    first: VideoFrame | None = None
+    pts: list[int | None] = []
+    for frame in frames:
+        first = first or frame
+        pts.append(frame.pts)
+    times = np.array([p or 0 for p in pts], np.int64)
+    if None in pts or (np.diff(times) <= 0).any():
+        rate = stream.average_rate or stream.guessed_rate or 25
+        times = np.round(np.arange(len(pts)) / float(rate * (stream.time_base or 1))).astype(np.int64)
+    return times, first
+
+
+def decode(
+    src: Source,
+    indices: Sequence[int] | np.ndarray,
+    backend: str | None = None,
+    size: tuple[int, int] | None = None,
+    *,
+    device: str | None = None,
+) -> np.ndarray:
+    """uint8 [F, H, W, 3]: exactly the frames `indices`, in that order; any order, repeats allowed.
+
+    `size` is (height, width) after rotation, reached by bicubic interpolation with antialias; None keeps the displayed size.
+    `backend` is "pyav" (None), "dali" or "torchcodec"; `device` says where DALI decodes: "cpu", "gpu", None for whichever is there.
+    IndexError for an index out of range; UnsupportedCodec (a ValueError) for a codec the backend cannot do; DataError for a
+    damaged clip.
+    """
+    backend = backend or "pyav"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    if size is not None:
+        check_size(size[1], size[0], "size=(height, width)")
+    table, info = _look(src)
+    asked = np.array([operator.index(i) for i in indices], np.int64)
+    outside = asked[(asked < 0) | (asked >= info.n_frames)]
+    if len(outside):
+        raise IndexError(f"video {source_name(src)}: frame {outside[0]} asked for, it has 0..{info.n_frames - 1}")
+    if not len(asked):
+        return np.empty((0, *(size or (info.height, info.width)), 3), np.uint8)
+    wanted, where = np.unique(asked, return_inverse=True)
+    if backend == "dali":
+        from . import with_dali
+
+        frames = with_dali.decode(src, table, info, wanted, size, device)
+    elif backend == "torchcodec":
+        from . import with_torchcodec
+
+        frames = with_torchcodec.decode(src, info, wanted, size)
+    else:
+        frames = with_pyav.decode(src, table, wanted, size)
+    return frames if len(wanted) == len(asked) and (np.diff(asked) > 0).all() else frames[where]

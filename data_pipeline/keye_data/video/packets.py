@@ -1,0 +1,127 @@
+"""The packet table of a clip: what a demuxer alone tells, without decoding.
+
+It gives every frame its index and time, and says which packets a frame needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from keye_data.errors import DataError
+
+from .container import Source, opened, refuse_cut_short, source_name
+
+MAX_PACKETS = 20_000_000
+# Only these say reliably, packet by packet, when a frame is shown.
+TIMED_FORMATS = {"mov", "mp4", "matroska", "webm", "ivf", "nut"}
+
+
+@dataclass
+class PacketTable:
+    """One row per packet of the picture stream, in decode order (N rows)."""
+
+    pts: np.ndarray  # int64 [N], units of time_base
+    size: np.ndarray  # int64 [N], bytes
+    sync: np.ndarray  # bool [N]: decoding can start here, and nothing later needs anything earlier
+    hidden: np.ndarray  # bool [N]: decoded, never shown (VP8's alternate reference)
+    discard: np.ndarray  # bool [N]: before the start of the edit list: decoded, not shown
+    time_base: Fraction
+    codec: str
+    exact: bool  # False: pts cannot be trusted, so that frames are found by decoding from the start
+
+    @property
+    def frames(self) -> np.ndarray:
+        """int64 [F]: the packet of each frame, by time of presentation."""
+        shown = np.flatnonzero(~(self.hidden | self.discard))
+        return shown[np.argsort(self.pts[shown], kind="stable")]
+
+    def needed(self, packets: np.ndarray) -> np.ndarray:
+        """bool [N]: the packets that must be decoded to see `packets` (int64, decode-order positions)."""
+        starts = np.flatnonzero(self.sync)
+        first = starts[np.maximum(np.searchsorted(starts, packets, side="right") - 1, 0)]
+        edges = np.zeros(len(self.pts) + 1, np.int64)
+        np.add.at(edges, first, 1)
+        np.add.at(edges, packets + 1, -1)
+        return np.cumsum(edges[:-1]) > 0
+
+
+def scan(src: Source) -> PacketTable:
+    """The packet table of a path or of bytes. Reads everything, decodes nothing. DataError when damaged or cut short."""
+    refuse_cut_short(src)
+    with opened(src) as (container, stream):
+        return scan_open(container, stream, source_name(src))
+
+
+def scan_open(container: InputContainer, stream: VideoStream, name: str) -> PacketTable:
+    codec = stream.codec_context.name
+    rows: list[tuple[int, int, bool, bool, bool]] = []
+    timed = not TIMED_FORMATS.isdisjoint(container.format.name.split(","))
+    is_random_access = _random_access(codec, stream.codec_context.extradata)
+    damaged = 0
+    for packet in demux(container, stream):
+        timed &= packet.pts is not None
+        damaged += packet.is_corrupt
+        hidden = codec == "vp8" and packet.size > 0 and not bytes(packet)[0] & 16
+        sync = packet.is_keyframe and is_random_access(packet)
+        rows.append((packet.pts or 0, packet.size, sync, hidden, packet.is_discard))
+        if len(rows) > MAX_PACKETS:
+            raise DataError(f"video {name}: more than {MAX_PACKETS} packets; cut it into segments")
+    if not rows:
+        raise DataError(f"video {name}: holds no frames")
+    if damaged or len(rows) < stream.frames:
+        raise DataError(
+            f"video {name}: is damaged or cut short: {len(rows) - damaged} of {stream.frames} packets can be read"
+        )
+    columns = list(zip(*rows))
+    pts, size = (np.array(column, np.int64) for column in columns[:2])
+    sync_, hidden_, discard = (np.array(column, bool) for column in columns[2:])
+    # A start is clean only if nothing behind it in decode order is shown before it (open GOP).
+    sync_ &= np.minimum.accumulate(pts[::-1])[::-1] == pts
+    shown = pts[~(hidden_ | discard)]
+    exact = bool(timed and sync_[0] and len(np.unique(shown)) == len(shown) > 0)
+    return PacketTable(pts, size, sync_, hidden_, discard, Fraction(stream.time_base or 1), codec, exact)
+
+
+def _random_access(codec: str, extradata: bytes | None) -> Callable[[Packet], bool]:
+    """Says of a key packet whether decoding can really start there: H.264 and HEVC mark pictures that are no clean start."""
+    if codec not in ("h264", "hevc"):
+        return lambda packet: True
+    extra = extradata or b""
+    prefix = 0  # bytes of a length prefix; 0: start codes
+    if extra[:1] == b"\x01":
+        at = 4 if codec == "h264" else 21
+        prefix = (extra[at] & 3) + 1 if len(extra) > at else 4
+
+    def clean(packet: Packet) -> bool:
+        for head in _unit_heads(bytes(packet), prefix):
+            kind = head & 31 if codec == "h264" else (head >> 1) & 63
+            if codec == "h264" and 1 <= kind <= 5:
+                return kind == 5
+            if codec == "hevc" and kind < 32:
+                return 16 <= kind <= 20
+        return False
+
+    return clean
+
+
+def _unit_heads(data: bytes, prefix: int) -> Iterator[int]:
+    """First byte of every NAL unit."""
+    at = 0
+    while prefix and at + prefix < len(data):
+        yield data[at + prefix]
+        at += prefix + int.from_bytes(data[at : at + prefix], "big")
+    while not prefix and (at := data.find(b"\0\0\1", at)) >= 0 and at + 3 < len(data):
+        yield data[at + 3]
+        at += 3
+
+
+def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """The packets of the stream without the demuxer's end mark."""
+    return (packet for packet in container.demux(stream) if packet.size or packet.pts is not None)

@@ -1,0 +1,80 @@
+"""The PyAV backend, FFmpeg on the CPU: the default, and the one that says what every other must return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from keye_data.errors import DataError
+
+from .container import Source, check_size, opened, source_name
+from .frames import orientation, resize, rgb, turn
+from .packets import PacketTable, demux
+from .reading import read
+
+
+def decode(
+    src: Source, table: PacketTable, wanted: np.ndarray, size: tuple[int, int] | None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """uint8 [F, H, W, 3] of `wanted` (int64 [F], ascending, no repeats). One native frame is alive at a time."""
+    with opened(src) as (container, stream):
+        for place, frame in wanted_frames(container, stream, table, wanted):
+            if frame.is_corrupt:
+                raise DataError(f"video {source_name(src)}: frame {wanted[place]} is damaged")
+            check_size(frame.width, frame.height, f"video {source_name(src)}")
+            pixels = turn(rgb(frame), orientation(frame))[None]
+            if size is None:  # what the first frame measures, should the stream change its size later
+                size = pixels.shape[1:3]
+            if out is None:
+                out = np.empty((len(wanted), *size, 3), np.uint8)
+            out[place] = resize(pixels, size)[0]
+    assert out is not None
+    return out
+
+
+def wanted_frames(
+    container: InputContainer, stream: VideoStream, table: PacketTable, wanted: np.ndarray
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(place in `wanted`, frame) for each; DataError naming a frame that the decoder does not give."""
+    missing = set(range(len(wanted)))
+    places: dict[int, int]
+    if table.exact:
+        packets = table.frames[wanted]
+        places = {int(pts): i for i, pts in enumerate(table.pts[packets])}
+        found = (
+            (places.pop(f.pts if f.pts is not None else -1, None), f)
+            for f in _runs_decoded(container, stream, table, table.needed(packets))
+        )
+    else:
+        places = {int(index): i for i, index in enumerate(wanted)}
+        found = ((places.pop(i, None), f) for i, f in enumerate(all_frames(container, stream)))
+    for place, frame in found:
+        if place is not None:
+            missing.discard(place)
+            yield place, frame
+            if not missing:
+                return
+    raise DataError(f"video {container.name or 'in memory'}: frame {wanted[min(missing)]} cannot be decoded")
+
+
+def _runs_decoded(
+    container: InputContainer, stream: VideoStream, table: PacketTable, keep: np.ndarray
+) -> Iterator[av.VideoFrame]:
+    codec = stream.codec_context
+    for item in read(container, stream, table, keep):
+        if item is not None:
+            yield from codec.decode(item[1])
+        else:
+            yield from codec.decode(None)
+            codec.flush_buffers()
+
+
+def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """Every shown frame from the start, in order: the way for streams whose packets carry no usable times."""
+    for packet in demux(container, stream):
+        yield from stream.codec_context.decode(packet)
+    yield from stream.codec_context.decode(None)
