@@ -1,0 +1,14 @@
+"""Keye-VL-2.0 as Megatron-Core modules: the Python interface for notebooks and tests (one process).
+
+import megatron_keye.model as m
+cfg = m.build_config("keye_mini", attention_mode="sparse")
+model = m.build_model(cfg)
+logits = model(input_ids)                       # [B, T, V]
+loss = model(input_ids, labels=input_ids)       # scalar
+"""
+
+import megatron_keye.parallel  # noqa: F401  (first: it makes Megatron-Core usable without CUDA)
+from megatron_keye.config.model import ModelConfig, build_config
+from megatron_keye.model.keye import KeyeModel, build_model
+
+__all__ = ["KeyeModel", "ModelConfig", "build_config", "build_model"]

@@ -1,0 +1,105 @@
+"""Keye's self-attention: Megatron's SelfAttention with the lightning indexer and a core attention of our own plugged in.
+
+Megatron's `attention_mask` argument carries the key ranges [2, b, s]: which keys of its row each query may see, in
+global coordinates. Causality, packed documents, padding and context parallelism are all in there.
+Shapes: s local tokens, S keys of the whole row, b rows, H query heads and G KV heads of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from keye_kernels import dsa
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_keye.model.indexer import AttachLoss
+from megatron_keye.model.positions import rotate
+from megatron_keye.model.transformer_config import KeyeTransformerConfig
+from megatron_keye.parallel.context import gather_keys
+
+
+@dataclass
+class KeyeAttentionSubmodules(SelfAttentionSubmodules):
+    indexer: Any = None
+
+
+class SparseCoreAttention(MegatronModule):
+    """Dense, warm-up or sparse attention over key ranges, with the indexer's KL attached to the output."""
+
+    def __init__(self, config: KeyeTransformerConfig, layer_number: int, *_, pg_collection=None, **__):
+        super().__init__(config=config)
+        self.context_group, self.tensor_group = pg_collection.cp, pg_collection.tp
+        self.kl_sum: torch.Tensor | None = None  # of all tokens since the trainer last took it
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [s, b, H, D]
+        key: torch.Tensor,  # [s, b, G, D]
+        value: torch.Tensor,
+        key_ranges: torch.Tensor,  # int32 [2, b, s]
+        indexer_outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """-> [s, b, H * D]"""
+        keye = self.config.keye
+        s, b = query.shape[:2]
+        if indexer_outputs is not None:
+            iq, ik, iw = indexer_outputs
+            ik = gather_keys(ik, self.context_group)
+        key, value = gather_keys(torch.stack([key, value]).transpose(0, 1), self.context_group).unbind(1)
+        q, k, v = rows_first(query), rows_first(key), rows_first(value)
+        start, stop = flat_ranges(key_ranges, key.shape[0])
+        backend = keye.attention_backend
+        if indexer_outputs is None:
+            out, _ = dsa.dense_attention(q, k, v, start, stop, backend=backend)
+        else:
+            iq, ik, iw = rows_first(iq), rows_first(ik), rows_first(iw)
+            fp8 = dict(fake_fp8=keye.indexer_fake_fp8)
+            if self.config.indexer_loss_weight and self.training:
+                out, kl = dsa.dsa_attention(
+                    q, k, v, iq, ik, iw, start, stop, keye.topk, keye.attention_mode, backend,
+                    deterministic=keye.deterministic_attention,
+                    teacher_group=self.tensor_group if self.tensor_group.size() > 1 else None, **fp8,
+                )  # fmt: skip
+                if torch.is_grad_enabled():  # not in the first pass of a recomputed layer
+                    self.kl_sum = kl.detach().sum() + (0 if self.kl_sum is None else self.kl_sum)
+                    out = AttachLoss.apply(out, kl, self.config.indexer_loss_weight)
+            else:
+                indices = dsa.select_topk(iq, ik, iw, start, stop, keye.topk, backend, **fp8)
+                out, _ = dsa.sparse_attention(
+                    q, k, v, indices, backend=backend, deterministic=keye.deterministic_attention
+                )
+        return out.view(b, s, -1).transpose(0, 1).contiguous()
+
+
+class KeyeSelfAttention(SelfAttention):
+    """SelfAttention whose forward also runs the indexer on the normalised hidden states."""
+
+    def __init__(self, config: KeyeTransformerConfig, submodules: KeyeAttentionSubmodules, *args, **kwargs):
+        super().__init__(config, submodules, *args, **kwargs)
+        self.indexer = submodules.indexer(config=config, pg_collection=self.pg_collection)
+
+    def forward(self, hidden_states, attention_mask, *_, rotary_pos_emb=None, **__):
+        """hidden_states [s / tp, b, hidden]; attention_mask: key ranges; rotary_pos_emb: positions.rotary_angles."""
+        keye = self.config.keye
+        angles, indexer_angles = rotary_pos_emb.split([keye.head_dim // 2, keye.indexer_head_dim // 2], dim=-1)
+        query, key, value = self.get_query_key_value_tensors(hidden_states)[:3]
+        indexer_outputs = None
+        if keye.attention_mode == "sparse" or (self.config.indexer_loss_weight and self.training):
+            indexer_outputs = self.indexer(hidden_states, indexer_angles)
+        query, key = rotate(query, angles), rotate(key, angles)
+        return self.linear_proj(self.core_attention(query, key, value, attention_mask, indexer_outputs))
+
+
+def rows_first(x: torch.Tensor) -> torch.Tensor:
+    """[s, b, ...] -> [b * s, ...]: the rows of a micro-batch one after another, as one token axis."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def flat_ranges(key_ranges: torch.Tensor, keys_per_row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranges within each row [2, b, s] -> two [b * s] vectors of ranges along the joined key axis."""
+    rows = torch.arange(key_ranges.shape[1], dtype=torch.int32, device=key_ranges.device) * keys_per_row
+    start, stop = (key_ranges + rows[None, :, None]).flatten(1)
+    return start, stop
