@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..quantise import fake_fp8 as quantise
 from .attention import MaskedAttention
+from .causal import CausalAttention, causal_sequences
 from .chunks import chunks_of_indices, chunks_of_ranges
 from .fused import DSAttention
 from .scoring import index_scores, indices_of, select
@@ -35,6 +36,9 @@ def sparse_attention(q, k, v, indices, scale=None, *, deterministic=False) -> tu
 
 def dense_attention(q, k, v, key_start, key_stop, scale=None) -> tuple[Tensor, Tensor]:
     """out [T,Hq,D], lse [T,Hq]; see ops.dense_attention."""
+    sequences = causal_sequences(key_start, key_stop)
+    if sequences is not None:
+        return CausalAttention.apply(q, k, v, _scale(q, scale), sequences)
     return MaskedAttention.apply(q, k, v, _scale(q, scale), chunks_of_ranges, key_start, key_stop)
 
 
