@@ -115,7 +115,7 @@ class Processor:
 
     def pixels(self, media: Media) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes and resizes: uint8 [P, 3, 14, 14] in raster order inside a frame, and int64 grid [N, 2] in patches."""
-        with _broken(media.kind, f"a {media.kind}"):
+        with _broken(media.kind, f"a {media.kind}", decoding=True):
             if media.kind == "image":
                 frames = torch.as_tensor(images.decode_image(media.data, size=media.size))[None]
             else:
@@ -252,12 +252,14 @@ def media_grid(media: Media) -> torch.Tensor:
 
 
 @contextmanager
-def _broken(kind: str, name: str) -> Iterator[None]:
+def _broken(kind: str, name: str, decoding: bool = False) -> Iterator[None]:
     """Whatever a decoder says about a broken file becomes one DataError that names it."""
     try:
         yield
-    except video.UnsupportedCodec:
-        raise  # the chosen backend is wrong, not the file
+    except video.UnsupportedCodec as error:
+        if decoding:
+            raise  # the clip was readable: data.video.backend is the wrong choice, and no sample is at fault
+        raise DataError(f"{name}: {error}", "unsupported codec") from error
     except DataError as error:
         if error.reason == "too long":
             raise
