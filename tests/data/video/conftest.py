@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -45,7 +46,7 @@ def make_clip(
 ) -> bytes:
     """A clip of `size` (width, height); pts in milliseconds (40 apart if None); `pixels` [H, W, 3] in place of numbers."""
     with tempfile.NamedTemporaryFile() as out, av.open(out.name, "w", format=container, options=mux or {}) as file:
-        stream = file.add_stream(codec, rate=25, options=SPEED.get(codec, {}) | (options or {}))
+        stream: Any = file.add_stream(codec, rate=25, options=SPEED.get(codec, {}) | (options or {}))
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.gop_size = gop
         stream.codec_context.thread_count = 1

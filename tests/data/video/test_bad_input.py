@@ -28,7 +28,7 @@ WAYS = {
     ids=["empty", "zeros", "text", "garbage", "play list"],
 )
 def test_garbage(way, src):
-    with pytest.raises(DataError, match="^video [0-9]+ bytes: "):
+    with pytest.raises(DataError, match=r"^video [0-9]+ bytes: "):
         WAYS[way](src)
 
 
@@ -110,7 +110,7 @@ def test_torchcodec_missing_says_what_to_install(clip, monkeypatch):
 
 
 def test_paths(tmp_path):
-    with pytest.raises(DataError, match="nowhere.mp4"):
+    with pytest.raises(DataError, match=r"nowhere\.mp4"):
         video.probe(tmp_path / "nowhere.mp4")
     with pytest.raises(DataError):
         video.probe(tmp_path)

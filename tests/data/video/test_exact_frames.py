@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections.abc import Callable
+from typing import Any
 
 import av
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from keye_data import video
 
 B_FRAMES = {"bf": "3", "b_strategy": "0"}
+X265_OPEN = "open-gop=1:keyint=8:min-keyint=8:bframes=3:b-adapt=0:scenecut=0:log-level=none:pools=1:frame-threads=1"
 VFR = [0, 40, 50, 200, 240, 700, 1000, 1010, 1020, 1500, 1900, 2500, 2540, 2580, 4000, 4100, 4150, 4200, 7000, 7040]
 
 # name -> (arguments of the clip, codec, timed by its packets)
@@ -36,6 +39,12 @@ KINDS: dict[str, tuple[tuple, dict, str, bool]] = {
     "h264 transport stream": (("libx264", "mpegts"), {"options": B_FRAMES}, "h264", False),
     "h264 without container": (("libx264", "h264"), {"options": B_FRAMES}, "h264", False),
     "hevc": (("libx265", "mp4", 30), {}, "hevc", True),
+    "hevc open GOP": (
+        ("libx265", "mp4"),
+        {"options": {"preset": "fast", "x265-params": X265_OPEN}, "gop": 8},
+        "hevc",
+        True,
+    ),
     "mpeg4 B-frames": (("mpeg4", "mp4"), {"options": {"bf": "2"}}, "mpeg4", True),
     "mpeg4 avi": (("mpeg4", "avi"), {"options": {"bf": "2"}}, "mpeg4", False),
     "vp9": (("libvpx-vp9", "webm"), {}, "vp9", True),
@@ -72,11 +81,11 @@ def test_probe(name, clip):
 
 
 def test_the_hard_kinds_are_what_they_are_called(clip):
-    def table(name):
+    def table(name: str) -> video.PacketTable:
         return video.scan(clip(*KINDS[name][0], **KINDS[name][1]))
 
-    def keys(name):
-        with av.open(io.BytesIO(clip(*KINDS[name][0], **KINDS[name][1]))) as file:
+    def keys(name: str) -> int:
+        with av.open(io.BytesIO(clip(*KINDS[name][0], **KINDS[name][1])), "r") as file:
             return sum(p.is_keyframe for p in file.demux(video=0))
 
     for name in KINDS:
@@ -145,36 +154,67 @@ def test_seeking_far_apart_gives_the_same_frames(clip, numbers, monkeypatch):
     from keye_data.video import reading
 
     data = clip("libx264", "mp4", 200, options=B_FRAMES)
-    seeks = []
+    seeks: list[int] = []
     original = reading._seek
-    monkeypatch.setattr(reading, "_seek", lambda *a: seeks.append(a[-1]) or original(*a))
+
+    def counted(*args: Any) -> Any:
+        seeks.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(reading, "_seek", counted)
     monkeypatch.setattr(reading, "SEEK_GAP", 0)
     wanted = [199, 101, 3, 77]
     assert numbers(video.decode(data, wanted)) == wanted
     assert len(seeks) == 3
 
 
-def test_a_hidden_vp8_frame_has_no_index(clip, numbers):
-    """VP8 carries frames that are decoded and never shown: here the fifth, by its header's show bit."""
+def remuxed(data: bytes, container: str, change: Callable[[int, Any], bool]) -> bytes:
+    """The packets of a clip for which `change(number, packet)` is true, copied."""
     out = io.BytesIO()
-    with av.open(io.BytesIO(clip("libvpx", "webm"))) as source, av.open(out, "w", format="webm") as target:
+    with av.open(io.BytesIO(data), "r") as source, av.open(out, "w", format=container) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
-        for i, packet in enumerate(source.demux(video=0)):
-            if packet.pts is None:
-                continue
-            if i == 5:
-                data = bytearray(packet)
-                data[0] &= ~16
-                packet.update(bytes(data))
-            packet.stream = stream
-            target.mux(packet)
-    data = out.getvalue()
+        for i, packet in enumerate(p for p in source.demux(video=0) if p.pts is not None):
+            if change(i, packet):
+                packet.stream = stream
+                target.mux(packet)
+    return out.getvalue()
+
+
+def test_a_hidden_vp8_frame_has_no_index(clip, numbers):
+    """VP8 carries frames that are decoded and never shown: here the sixth, by its header's show bit."""
+
+    def hide(number: int, packet: Any) -> bool:
+        if number == 5:
+            data = bytes(packet)
+            packet.update(bytes([data[0] & ~16]) + data[1:])
+        return True
+
+    data = remuxed(clip("libvpx", "webm"), "webm", hide)
     left = [i for i in range(40) if i != 5]
     assert video.probe(data).n_frames == 39
     for backend in ("pyav", "dali"):
         assert numbers(video.decode(data, range(39), backend, device="cpu")) == left
     small, indices = video.trim(data, [7, 30])
     assert numbers(video.decode(small, indices)) == [8, 31]
+
+
+@pytest.mark.parametrize("kind", ["h264 open GOP", "hevc open GOP"])
+def test_a_clip_that_begins_in_an_open_group_has_only_the_frames_that_can_be_seen(kind, clip, numbers):
+    """Cut before its second key frame: the frames shown before that one lack their references and do not exist."""
+    args, options, _, _ = KINDS[kind]
+    seen: list[bool] = []
+
+    def after_first_group(number: int, packet: Any) -> bool:
+        seen.append(packet.is_keyframe)
+        return sum(seen) > 1
+
+    data = remuxed(clip(*args, **options), "mp4", after_first_group)
+    assert not video.scan(data).exact
+    n = video.probe(data).n_frames
+    assert n == 32
+    assert numbers(video.decode(data, [0, n - 1, 7])) == [8, 39, 15]
+    small, indices = video.trim(data, [7])
+    assert numbers(video.decode(small, indices)) == [15]
 
 
 def test_path_and_bytes_agree(clip, tmp_path):
