@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_keye.config import schema
+from megatron_keye.errors import UserError
+
 ATTENTION_MODES = ("dense", "warmup", "sparse")
 
 
@@ -82,3 +85,17 @@ PRESETS: dict[str, dict[str, object]] = {
         "vision_packing_positions": 64,
     },
 }
+
+
+def preset_values(name: str) -> dict[str, object]:
+    """What a preset sets, its own name included. Raises UserError for an unknown one."""
+    if name not in PRESETS:
+        near = schema.nearest(name, PRESETS)
+        raise UserError(f"model.preset = {name!r} is none of {', '.join(PRESETS)}; the nearest is {near!r}")
+    return {"preset": name, **PRESETS[name]}
+
+
+def build_config(preset: str, **overrides: object) -> ModelConfig:
+    """A preset with keys of the model section overridden. Raises UserError for an unknown preset or key or a wrong type."""
+    where = "build_config"
+    return schema.instance(ModelConfig, schema.typed(ModelConfig, {**preset_values(preset), **overrides}, where), where)

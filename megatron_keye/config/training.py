@@ -15,8 +15,10 @@ class TrainingConfig:
     seed: int = 1234
     precision: str = "bf16"  # bf16 (fp32 master weights) | fp32
     scope: str = "all_but_indexers"  # all | all_but_indexers | projector | indexers
-    init_from: str | None = None  # a checkpoint folder (newest iteration) or a Hugging Face folder; None = random weights
-    indexer_loss_weight: float = 1.0  # on the head-averaged KL; Kwai's sum over G KV groups is G times this; weight not published
+    # a checkpoint folder (newest iteration) or a Hugging Face folder; None = random weights
+    init_from: str | None = None
+    # on the head-averaged KL; Kwai's sum over G KV groups is G times this; weight not published
+    indexer_loss_weight: float = 1.0
     recompute: str = "none"  # none | full
     vision_chunk_patches: int = 16_384  # ViT activations held at once
     max_nonfinite_steps: int = 10  # skipped in a row before the run stops

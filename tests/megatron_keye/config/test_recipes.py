@@ -1,0 +1,95 @@
+"""Every committed recipe loads, fits the ranks it states, and has a comment above every key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_keye.config.load import RECIPES, load_recipe, save_resolved
+from megatron_keye.config.validate import validate
+from megatron_keye.config.yaml_io import load_yaml
+
+PATHS = sorted(RECIPES.glob("*.yaml"))
+BY_NAME = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+TOKENS = {"stage0": 4e9, "stage1": 1e12, "dsa_warmup": 2e9}  # as published
+
+
+def test_the_recipes_are_there():
+    assert {"stage0", "stage1", "dsa_warmup", "dsa_sparse"} <= {path.stem for path in PATHS}
+
+
+@BY_NAME
+def test_full_scale_fits_the_gpus_it_states(path):
+    (gpus,) = re.findall(r"\((\d+) GPUs", path.read_text())
+    ((nodes, per_node),) = re.findall(r"--nnodes (\d+) --nproc-per-node (\d+)", path.read_text())
+    assert int(nodes) * int(per_node) == int(gpus)
+    recipe = load_recipe(path)
+    assert validate(recipe, int(gpus)) == []
+    assert recipe.name == path.stem
+    tokens = recipe.training.steps * recipe.training.global_batch_size * recipe.data.seq_length
+    if path.stem in TOKENS:
+        assert 1 <= tokens / TOKENS[path.stem] < 1.1
+
+
+@BY_NAME
+@pytest.mark.parametrize(
+    "world_size, overrides",
+    [(1, []), (2, []), (4, [])]
+    + [(n, [f"parallel.{kind}=2"]) for n in (2, 4) for kind in ("context", "expert", "pipeline")],
+    ids=str,
+)
+def test_mini_fits_a_laptop(path, world_size, overrides):
+    recipe = load_recipe(path, ["profile=mini", *overrides])
+    assert validate(recipe, world_size) == []
+    assert recipe.model.preset == "keye_mini"
+    assert recipe.name == f"{path.stem}-mini"
+    assert recipe.model.attention_mode != "sparse" or recipe.model.topk < recipe.data.seq_length
+
+
+@BY_NAME
+@pytest.mark.parametrize("overrides", [[], ["profile=mini"]], ids=str)
+def test_resolved_is_the_same_recipe(path, overrides, tmp_path):
+    recipe = load_recipe(path, overrides)
+    save_resolved(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@BY_NAME
+def test_the_mini_profile_holds_only_differences(path):
+    data = load_yaml(path)
+    mini = data.pop("profiles")["mini"]
+    full = load_recipe(path)
+
+    def same(block, values, prefix=""):
+        for key, value in block.items():
+            now = getattr(values, key)
+            if isinstance(value, dict):
+                yield from same(value, now, f"{prefix}{key}.")
+            elif value == now:
+                yield prefix + key
+
+    assert list(same(mini, full)) == []
+
+
+@BY_NAME
+def test_phases_chain(path):
+    """`init_from` of a phase is where another recipe's run keeps its checkpoints (stage 2 and the first start excepted)."""
+    for overrides in ([], ["profile=mini"]):
+        start = load_recipe(path, overrides).training.init_from
+        if start is None or start in ("checkpoints/keye_vl2_init", "runs/stage2/checkpoints"):
+            continue
+        runs = {f"{load_recipe(other, overrides).run_dir}/checkpoints" for other in PATHS}
+        assert start in runs
+
+
+@BY_NAME
+def test_every_key_has_a_comment_above(path: Path):
+    lines = path.read_text().splitlines()
+    bare = [
+        f"line {i + 1}: {line.strip()}"
+        for i, line in enumerate(lines)
+        if re.match(r"\s*(- \{|[a-z_]+:)", line) and not lines[i - 1].lstrip().startswith("# ")
+    ]
+    assert bare == []
