@@ -8,12 +8,16 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def _tensors(**arguments: Tensor) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def _float(
     name: str, x: Tensor, shape: tuple[int | None, ...], device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """A floating tensor of this shape (None = any size), device and dtype."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape)):
         raise ValueError(
             f"{name}: expected shape [{', '.join('*' if n is None else str(n) for n in shape)}], got {list(x.shape)}"
@@ -63,6 +67,7 @@ def check_indices(indices: Tensor, num_queries: int, num_keys: int, device: torc
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q [T,Hq,D]; k, v [S,Hkv,D]; Hkv divides Hq; one dtype, one device."""
+    _tensors(q=q, k=k, v=v)
     _float("q", q, (None, None, None), q.device, None)
     _float("k", k, (None, None, q.shape[2]), q.device, q.dtype)
     _float("v", v, tuple(k.shape), q.device, q.dtype)
@@ -72,6 +77,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_indexer(iq: Tensor, ik: Tensor, iw: Tensor, topk: int, fake_fp8: bool) -> None:
     """iq [T,Hi,Di], ik [S,Di] of one dtype; iw [T,Hi] of any float; topk > 0."""
+    _tensors(iq=iq, ik=ik, iw=iw)
     _float("iq", iq, (None, None, None), iq.device, None)
     _float("ik", ik, (None, iq.shape[2]), iq.device, iq.dtype)
     _float("iw", iw, tuple(iq.shape[:2]), iq.device, None)

@@ -50,7 +50,13 @@ class CausalAttention(torch.autograd.Function):
         lse = torch.empty(q.shape[:2], dtype=accumulate_dtype(q), device=q.device)
         for row, count, key in sequences:
             out_one, lse_one = _forward(
-                _heads(q, row, count), _heads(k, key, count), _heads(v, key, count), 0.0, True, attn_mask=None, scale=scale
+                _heads(q, row, count),
+                _heads(k, key, count),
+                _heads(v, key, count),
+                0.0,
+                True,
+                attn_mask=None,
+                scale=scale,
             )
             out[row : row + count] = out_one[0].transpose(0, 1)
             lse[row : row + count] = lse_one[0].T

@@ -44,20 +44,18 @@ def select(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
     expected = visible.sum(-1).clamp_max_(topk)
     if topk >= num_keys or int(expected.max()) < topk:
         return visible
+    if scores.sum().isnan():  # a NaN ranks first, so that it shows in the loss; partition would put it anywhere
+        scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     scores = scores.masked_fill(~visible, -torch.inf)
     threshold = _kth_greatest(scores, topk)
     chosen = (scores >= threshold) & visible
     odd = (chosen.sum(-1) != expected).nonzero()[:, 0]  # rows where equal scores straddle the threshold
     if odd.numel():
-        chosen[odd] = _select_with_ties(scores[odd], topk) & visible[odd]
+        chosen[odd] = _select_with_ties(scores[odd], threshold[odd], topk) & visible[odd]
     return chosen
 
 
-def _select_with_ties(scores: Tensor, topk: int) -> Tensor:
-    scores = scores.nan_to_num(
-        nan=torch.inf, posinf=torch.inf, neginf=-torch.inf
-    )  # chosen, so that a NaN shows in the loss
-    threshold = _kth_greatest(scores, topk)
+def _select_with_ties(scores: Tensor, threshold: Tensor, topk: int) -> Tensor:
     above, equal = scores > threshold, scores == threshold
     wanted = topk - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1) <= wanted))
