@@ -1,0 +1,190 @@
+"""What Energon runs in the loader's workers: read members, encode, pack, collate; broken samples are noted, not fatal."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from megatron.energon import Cooker, CrudeWebdataset, DefaultTaskEncoder, Sample, SkipSample, WorkerConfig, stateless
+from megatron.energon.edataclass import edataclass
+from megatron.energon.epathlib import EPath
+from megatron.energon.errors import FatalSampleError
+from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
+from megatron.energon.flavors.webdataset.structs import FilteredSample
+from megatron.energon.source_info import SourceInfo
+from megatron.energon.wrappers import PackingDataset
+
+from keye_data.errors import DataError
+from keye_data.packing import PackedRows, best_fit, collate
+from keye_data.processor import Processor
+from keye_data.sample import EncodedSample
+
+log = logging.getLogger(__name__)
+UNREADABLE = "__unreadable__"  # member name that carries the reason why a sample could not be read
+
+
+@edataclass
+class CookedSample(Sample):
+    """The members of a sample, as read from its shard."""
+
+    members: dict[str, Any]
+    source: str
+
+
+@edataclass
+class EncodedItem(Sample):
+    encoded: EncodedSample
+
+
+@edataclass
+class PackedItem(Sample):
+    samples: list[EncodedSample]
+
+
+@edataclass
+class WorkerBatch(Sample):
+    """What a worker sends: packed rows, and the samples it has skipped since the last: (reason, message)."""
+
+    rows: PackedRows
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+class ShardFolder(CrudeWebdataset):
+    """A folder of shards whose damaged parts are handed on as unreadable samples instead of ending the run."""
+
+    def __init__(self, path: Path, worker_config: WorkerConfig) -> None:
+        super().__init__(
+            EPath(path),
+            split_part="train",
+            training=True,
+            worker_config=worker_config,
+            subflavors={"source": str(path)},
+            decoder=None,
+        )
+
+    def build(self, worker_rotation_offset: int = 0) -> Any:
+        dataset = super().build(worker_rotation_offset)
+        reader = dataset._find_wrapped_dataset(WebdatasetSampleLoaderDataset)
+        reader.join_readers = [_TolerantReader(inner) for inner in reader.join_readers]
+        return dataset
+
+
+class _TolerantReader:
+    """Reads by sample index. What a cut or overwritten tar no longer holds comes back with the reason."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.reader[index]
+        except (
+            Exception
+        ) as error:  # tarfile raises its own errors, and KeyError, ValueError, OSError on damaged headers
+            pointer = self.reader._get_itar_sample_pointer(index)
+            shard = self.reader.tar_filenames[pointer.tar_file_id]
+            self.reader.close()  # no half-read handle is used again
+            source = SourceInfo(dataset_path=self.reader.base_path, index=index, shard_name=shard, file_names=())
+            return FilteredSample(
+                __key__=f"sample {index}",
+                __shard__=shard,
+                __restore_key__=("Webdataset", index),
+                __sources__=(source,),
+                **{UNREADABLE: f"{type(error).__name__}: {error}"},
+            )
+
+
+@stateless
+def cook(sample: dict[str, Any]) -> CookedSample:
+    shard = sample["__sources__"][0].shard_name
+    return CookedSample(
+        __key__=f"{shard}/{sample['__key__']}",
+        __restore_key__=sample["__restore_key__"],
+        __subflavors__=sample["__subflavors__"],
+        __sources__=sample["__sources__"],
+        members={k: v for k, v in sample.items() if k == UNREADABLE or not k.startswith("__")},
+        source=sample["__subflavors__"]["source"],
+    )
+
+
+class Encoder(DefaultTaskEncoder):
+    """Energon's hooks around a Processor. One copy lives in each worker."""
+
+    cookers = (Cooker(cook),)
+    decoder = None  # Energon's own is not frame-exact
+
+    def __init__(self, processor: Processor) -> None:
+        super().__init__()
+        self.processor = processor
+        self.settings = processor.settings
+        self.skipped: list[tuple[str, str]] = []
+        self.failures_in_a_row = 0
+
+    def build_batch(self, dataset: Any, **options: Any) -> Any:
+        dataset = super().build_batch(dataset, **options)
+        packer = dataset._find_wrapped_dataset(PackingDataset)
+        fill = packer._fill_reading_buffer
+        packer._fill_reading_buffer = lambda source, log_progress=False: fill(source)  # no progress bar per worker
+        return dataset
+
+    @stateless
+    def encode_sample(self, sample: CookedSample) -> EncodedItem:
+        name = f"{sample.source}/{sample.__key__}"
+        try:
+            if UNREADABLE in sample.members:
+                raise DataError(f"{name}: {sample.members[UNREADABLE]}", "unreadable shard")
+            encoded = self.processor.encode(_conversation(sample, name), sample.members, name, sample.source)
+        except DataError as error:
+            raise self._skip(error.reason, str(error)) from error
+        except Exception as error:
+            log.exception("%s: unexpected error", name)
+            raise self._skip("unexpected error", f"{name}: {type(error).__name__}: {error}") from error
+        self.failures_in_a_row = 0
+        return EncodedItem.derive_from(sample, encoded=encoded)
+
+    def _skip(self, reason: str, message: str) -> Exception:
+        self.skipped.append((reason, message))
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= self.settings.max_failures_in_a_row:
+            text = f"{self.failures_in_a_row} samples in a row could not be used (data.max_failures_in_a_row); the last: {message}"
+            return FatalSampleError(FATAL + text + FATAL)
+        return SkipSample()
+
+    def select_samples_to_pack(self, samples: list[EncodedItem]) -> list[list[EncodedItem]]:
+        if not self.settings.packing:
+            return [[sample] for sample in samples]
+        rows = best_fit([len(sample.encoded) for sample in samples], self.settings.seq_length)
+        return [[samples[i] for i in row] for row in rows]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[EncodedItem]) -> PackedItem:
+        return PackedItem.derive_from(samples[0], samples=[sample.encoded for sample in samples])
+
+    @stateless
+    def batch(self, samples: list[PackedItem]) -> WorkerBatch:
+        rows = collate(
+            [item.samples for item in samples], self.settings.seq_length, self.processor.tokenizer.pad_token_id
+        )
+        skipped, self.skipped = self.skipped, []
+        return WorkerBatch.derive_from(samples[0], rows=rows, skipped=skipped)
+
+
+FATAL = "\x1f"  # marks our sentence inside the wrapped traceback that a worker's exception becomes
+
+
+def _conversation(sample: CookedSample, name: str) -> dict[str, Any]:
+    try:
+        conversation = json.loads(sample.members["json"])
+    except KeyError as error:
+        raise DataError(f"{name}: it has no .json member", "malformed conversation") from error
+    except ValueError as error:
+        raise DataError(f"{name}: its .json member is not JSON: {error}", "malformed conversation") from error
+    if not isinstance(conversation, dict):
+        raise DataError(f"{name}: its .json member is not an object", "malformed conversation")
+    return conversation
