@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,21 @@ from megatron.energon.flavors.webdataset.structs import FilteredSample
 from megatron.energon.source_info import SourceInfo
 from megatron.energon.wrappers import PackingDataset
 
+from keye_data.conversation import MALFORMED
 from keye_data.errors import DataError
 from keye_data.packing import PackedRows, best_fit, collate
 from keye_data.processor import Processor
 from keye_data.sample import EncodedSample
 
 log = logging.getLogger(__name__)
-UNREADABLE = "__unreadable__"  # member name that carries the reason why a sample could not be read
+READ = "read"  # the one member of a sample that has not been read yet: the function that reads it
 
 
 @edataclass
 class CookedSample(Sample):
-    """The members of a sample, as read from its shard."""
+    """A sample that can be read from its shard."""
 
-    members: dict[str, Any]
+    read: Callable[[], tuple[str, dict[str, bytes]]]  # -> shard and key, members
     source: str
 
 
@@ -53,7 +56,7 @@ class WorkerBatch(Sample):
 
 
 class ShardFolder(CrudeWebdataset):
-    """A folder of shards whose damaged parts are handed on as unreadable samples instead of ending the run."""
+    """A folder of shards that is read lazily, and whose damaged parts do not end the run."""
 
     def __init__(self, path: Path, worker_config: WorkerConfig) -> None:
         super().__init__(
@@ -68,12 +71,12 @@ class ShardFolder(CrudeWebdataset):
     def build(self, worker_rotation_offset: int = 0) -> Any:
         dataset = super().build(worker_rotation_offset)
         reader = dataset._find_wrapped_dataset(WebdatasetSampleLoaderDataset)
-        reader.join_readers = [_TolerantReader(inner) for inner in reader.join_readers]
+        reader.join_readers = [_LazyReader(inner) for inner in reader.join_readers]
         return dataset
 
 
-class _TolerantReader:
-    """Reads by sample index. What a cut or overwritten tar no longer holds comes back with the reason."""
+class _LazyReader:
+    """Samples by index, read only when they are encoded: shuffle buffers hold pointers, not films."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -81,34 +84,41 @@ class _TolerantReader:
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> FilteredSample:
+        shard = self._shard(index)
+        source = SourceInfo(dataset_path=self.reader.base_path, index=index, shard_name=shard, file_names=())
+        return FilteredSample(
+            __key__=f"{shard}/sample {index}",
+            __shard__=shard,
+            __restore_key__=("Webdataset", index),
+            __sources__=(source,),
+            **{READ: partial(self._read, index)},
+        )
+
+    def _read(self, index: int) -> tuple[str, dict[str, bytes]]:
+        """(shard and key, members). DataError for what a cut or overwritten tar no longer holds."""
         try:
-            return self.reader[index]
+            sample = self.reader[index]
         except (
             Exception
         ) as error:  # tarfile raises its own errors, and KeyError, ValueError, OSError on damaged headers
-            pointer = self.reader._get_itar_sample_pointer(index)
-            shard = self.reader.tar_filenames[pointer.tar_file_id]
             self.reader.close()  # no half-read handle is used again
-            source = SourceInfo(dataset_path=self.reader.base_path, index=index, shard_name=shard, file_names=())
-            return FilteredSample(
-                __key__=f"sample {index}",
-                __shard__=shard,
-                __restore_key__=("Webdataset", index),
-                __sources__=(source,),
-                **{UNREADABLE: f"{type(error).__name__}: {error}"},
-            )
+            raise DataError(f"{type(error).__name__}: {error}", "unreadable shard") from error
+        members = {name: data for name, data in sample.items() if not name.startswith("__")}
+        return f"{sample['__shard__']}/{sample['__key__']}", members
+
+    def _shard(self, index: int) -> str:
+        return self.reader.tar_filenames[self.reader._get_itar_sample_pointer(index).tar_file_id]
 
 
 @stateless
 def cook(sample: dict[str, Any]) -> CookedSample:
-    shard = sample["__sources__"][0].shard_name
     return CookedSample(
-        __key__=f"{shard}/{sample['__key__']}",
+        __key__=sample["__key__"],
         __restore_key__=sample["__restore_key__"],
         __subflavors__=sample["__subflavors__"],
         __sources__=sample["__sources__"],
-        members={k: v for k, v in sample.items() if k == UNREADABLE or not k.startswith("__")},
+        read=sample[READ],
         source=sample["__subflavors__"]["source"],
     )
 
@@ -137,9 +147,8 @@ class Encoder(DefaultTaskEncoder):
     def encode_sample(self, sample: CookedSample) -> EncodedItem:
         name = f"{sample.source}/{sample.__key__}"
         try:
-            if UNREADABLE in sample.members:
-                raise DataError(f"{name}: {sample.members[UNREADABLE]}", "unreadable shard")
-            encoded = self.processor.encode(_conversation(sample, name), sample.members, name, sample.source)
+            name, members = _read(sample, name)
+            encoded = self.processor.encode(_conversation(members, name), members, name, sample.source)
         except DataError as error:
             raise self._skip(error.reason, str(error)) from error
         except Exception as error:
@@ -178,13 +187,21 @@ class Encoder(DefaultTaskEncoder):
 FATAL = "\x1f"  # marks our sentence inside the wrapped traceback that a worker's exception becomes
 
 
-def _conversation(sample: CookedSample, name: str) -> dict[str, Any]:
+def _read(sample: CookedSample, name: str) -> tuple[str, dict[str, bytes]]:
     try:
-        conversation = json.loads(sample.members["json"])
+        key, members = sample.read()
+    except DataError as error:
+        raise DataError(f"{name}: {error}", error.reason) from error
+    return f"{sample.source}/{key}", members
+
+
+def _conversation(members: dict[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        conversation = json.loads(members["json"])
     except KeyError as error:
-        raise DataError(f"{name}: it has no .json member", "malformed conversation") from error
+        raise DataError(f"{name}: it has no .json member", MALFORMED) from error
     except ValueError as error:
-        raise DataError(f"{name}: its .json member is not JSON: {error}", "malformed conversation") from error
+        raise DataError(f"{name}: its .json member is not JSON: {error}", MALFORMED) from error
     if not isinstance(conversation, dict):
-        raise DataError(f"{name}: its .json member is not an object", "malformed conversation")
+        raise DataError(f"{name}: its .json member is not an object", MALFORMED)
     return conversation

@@ -119,8 +119,10 @@ class Processor:
             if media.kind == "image":
                 frames = torch.as_tensor(images.decode_image(media.data, size=media.size))[None]
             else:
+                how = self.settings.video
+                device = None if how.device == "auto" else how.device
                 frames = torch.as_tensor(
-                    video.decode(media.data, media.frames, backend=self.settings.video.backend, size=media.size)
+                    video.decode(media.data, media.frames, backend=how.backend, size=media.size, device=device)
                 )
         (height, width), grid = media.size, media_grid(media)
         if tuple(frames.shape) != (len(grid), height, width, 3):

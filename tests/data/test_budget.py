@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from keye_data.budget import TooSmallBudget, plan_frames, smart_resize, tokens_of, video_budget
 from keye_data.settings import VideoConfig
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from keye_data.packing import best_fit, collate
 from keye_data.sample import IGNORE, EncodedSample, Media
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from keye_data.positions import mrope_positions
 
 IMAGE, VIDEO = 900, 901

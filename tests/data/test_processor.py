@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
 from keye_data import images, video
 from keye_data.errors import DataError
 from keye_data.processor import Processor

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
 from keye_data.errors import DataError
 from keye_data.shards import build_shards
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from keye_data.errors import DataError
 from keye_data.tokenizer import load_tokenizer, read_tiktoken
 
