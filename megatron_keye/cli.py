@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from keye_data.errors import DataError
 from omegaconf.errors import OmegaConfBaseException
 
+from keye_data.errors import DataError
 from megatron_keye.errors import UserError
 
 EXPECTED = (UserError, DataError, OmegaConfBaseException)
