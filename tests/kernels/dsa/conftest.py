@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from keye_kernels import dsa
 from torch import Tensor
+
+from keye_kernels import dsa
 
 NAMES = ("out", "kl", "q", "k", "v", "iq", "ik", "iw")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from keye_kernels import dsa
 from keye_kernels.dsa.quantise import fake_fp8, hadamard
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from keye_kernels import dsa
 from keye_kernels.dsa.torch_backend import chunks
 
