@@ -43,9 +43,15 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return schema.instance(Recipe, schema.typed(Recipe, data, str(path)), str(path))
 
 
-def save_resolved(recipe: Recipe, path: str | Path) -> None:
+def recipe_yaml(recipe: Recipe) -> str:
     """Every value of `recipe` as YAML that `load_recipe` turns into an equal object."""
-    Path(path).write_text(dump_yaml(_escaped(dataclasses.asdict(recipe))), encoding="utf-8")
+    return dump_yaml(_escaped(dataclasses.asdict(recipe)))
+
+
+def save_resolved(recipe: Recipe, path: str | Path) -> None:
+    """`recipe_yaml` into a file, whose folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(recipe_yaml(recipe), encoding="utf-8")
 
 
 def merge(base: Any, top: Any) -> Any:

@@ -17,7 +17,4 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
-    distributed: bool = True  # optimizer states sharded over data-parallel ranks
     vision_lr_scale: float = 1.0
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False

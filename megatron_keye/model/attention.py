@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from keye_kernels import dsa
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.module import MegatronModule
 
+from keye_kernels import dsa
 from megatron_keye.model.indexer import AttachLoss
 from megatron_keye.model.positions import rotate
 from megatron_keye.model.transformer_config import KeyeTransformerConfig

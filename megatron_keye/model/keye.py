@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from keye_data.positions import mrope_positions
-from keye_data.sample import IGNORE
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
+from keye_data.positions import mrope_positions
+from keye_data.sample import IGNORE
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.errors import UserError
 from megatron_keye.model.language import LanguageModel, visual_mask

@@ -6,7 +6,6 @@ Shapes: b rows, s tokens of this context rank, n tokens to be predicted, h hidde
 from __future__ import annotations
 
 import torch
-from keye_data.sample import IGNORE
 from megatron.core import parallel_state as ps
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -16,14 +15,17 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from keye_data.sample import IGNORE
 from megatron_keye.model.attention import KeyeAttentionSubmodules, KeyeSelfAttention, SparseCoreAttention
 from megatron_keye.model.backend import backend
 from megatron_keye.model.indexer import Indexer
+from megatron_keye.model.names import links
 from megatron_keye.model.positions import rotary_angles
 from megatron_keye.model.transformer_config import KeyeTransformerConfig
 
@@ -79,6 +81,11 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=False,
             vp_stage=vp_stage,
         )
+        # Megatron marks sharded weights where it draws them, and here they are drawn elsewhere. Without the mark
+        # the gradient norm would leave out the shards of every rank but the first.
+        for _, parameter, link in links(self, keye):
+            if link.shard != "none" and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, True, 1 if link.shard == "columns" else 0, 1)
         if self.post_process:
             # The rows to predict are gathered and chosen before the head, so the head itself sees whole rows.
             self.output_layer.sequence_parallel = False
@@ -122,8 +129,10 @@ class LanguageModel(GPTModel):
             where = visual_mask(input_ids, self.config.keye.image_token_id, self.config.keye.video_token_id)
             rows = hidden.transpose(0, 1)
             hidden = rows.masked_scatter(where[..., None], visual.to(rows.dtype)).transpose(0, 1).contiguous()
-        if self.config.recompute_granularity == "full" and self.training and not hidden.requires_grad:
-            hidden.requires_grad_()  # a checkpointed layer with no input to differentiate would not be run again
+        if self.training and torch.is_grad_enabled() and not hidden.requires_grad:
+            # With frozen embeddings and no picture here, backward must still run: other context ranks' collectives wait
+            # for it, and a checkpointed layer with no input to differentiate would not be run again.
+            hidden.requires_grad_()
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
         return hidden

@@ -37,7 +37,7 @@ def _rows(names: tuple[str, ...], shard: str = "rows") -> Link:
     return Link(names, lambda t: torch.cat(list(t)), lambda p: p.chunk(len(names)), shard)
 
 
-def _qkv_by_group(names: tuple[str, ...], heads: int, groups: int, dim: int) -> Link:
+def _qkv_by_group(names: tuple[str, ...], heads: int, groups: int, dim: int, shard: str = "none") -> Link:
     """Megatron keeps, group by group: the group's query heads, its key head, its value head."""
     per_group = heads // groups
 
@@ -50,7 +50,7 @@ def _qkv_by_group(names: tuple[str, ...], heads: int, groups: int, dim: int) -> 
         sizes = [per_group * dim, dim, dim]
         return tuple(part.flatten(0, 1) for part in by_group.split(sizes, dim=1))
 
-    return Link(names, join, split, "rows")
+    return Link(names, join, split, shard)
 
 
 def language_link(name: str, cfg: ModelConfig) -> Link:
@@ -68,7 +68,7 @@ def language_link(name: str, cfg: ModelConfig) -> Link:
     base, rest = f"model.layers.{match[1]}.", match[2]
     if rest == "self_attention.linear_qkv.weight":
         names = tuple(f"{base}self_attn.{x}_proj.weight" for x in "qkv")
-        return _qkv_by_group(names, cfg.num_attention_heads, cfg.num_query_groups, cfg.head_dim)
+        return _qkv_by_group(names, cfg.num_attention_heads, cfg.num_query_groups, cfg.head_dim, "rows")
     expert = re.fullmatch(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?linear_fc([12])\.weight(\d*)", rest)
     if expert:
         mlp = f"{base}mlp.experts.{expert[1] or expert[3]}."

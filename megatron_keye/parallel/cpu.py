@@ -18,7 +18,24 @@ import torch.utils._device
 
 _installed = False
 
-FACTORIES = ["tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "ones_like", "full_like", "rand", "randn", "randint", "as_tensor", "linspace", "eye"]
+FACTORIES = [
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "zeros_like",
+    "empty_like",
+    "ones_like",
+    "full_like",
+    "rand",
+    "randn",
+    "randint",
+    "as_tensor",
+    "linspace",
+    "eye",
+]
 
 
 def install() -> None:
@@ -31,6 +48,8 @@ def install() -> None:
     warnings.filterwarnings(
         "ignore", message=".*(Transformer Engine|Apex|apex|GPTModel|fused kernel|cpu is not CUDA).*"
     )
+    # Megatron calls collectives by names that torch is renaming.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         return

@@ -1,0 +1,59 @@
+"""Train one phase of Keye from a recipe.
+
+python -m megatron_keye.train recipes/stage1.yaml profile=mini                              # one process, a laptop
+torchrun --nproc-per-node 8 -m megatron_keye.train recipes/stage1.yaml optimizer.lr=1e-5
+python -m megatron_keye.train recipes/stage3.yaml --dry-run --world-size 1024               # no GPU, no data
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_keye.cli import run_cli
+from megatron_keye.config.load import load_recipe, save_resolved
+from megatron_keye.config.validate import validate
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatron_keye.train", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="a YAML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", help="profile=mini, a.b=c ...")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="resolve, validate, print layout and sizes; train nothing"
+    )
+    parser.add_argument("--world-size", type=int, help="for --dry-run: how many ranks to plan for")
+    parser.add_argument("--json", type=Path, help="for --dry-run: write the plan there too")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    world_size = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    first = os.environ.get("RANK", "0") == "0"
+    recipe = load_recipe(args.recipe, args.overrides)
+    for warning in validate(recipe, world_size):
+        if first:
+            print(f"warning: {warning}")
+    if args.dry_run:
+        from megatron_keye.planning.dry_run import dry_run
+
+        dry_run(recipe, world_size, args.json)
+        return 0
+
+    from megatron_keye.parallel import plan  # the heavy imports wait until the recipe is known to be good
+    from megatron_keye.training.trainer import Trainer
+
+    groups = plan.initialize(recipe.parallel, recipe.training.seed, recipe.training.collective_timeout_minutes)
+    if first:
+        save_resolved(recipe, Path(recipe.run_dir) / "resolved.yaml")
+    trainer = Trainer(recipe, groups)
+    trainer.run()
+    trainer.close()
+    plan.shut_down()
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,230 @@
+"""Checkpoints in Megatron's distributed format: published whole or not at all, checksummed, found again, pruned.
+
+run_dir/checkpoints/latest_checkpointed_iteration.txt
+run_dir/checkpoints/iter_0000100/   Megatron's shards (weights, optimizer), and beside them
+    state.json       iteration, samples consumed, layout
+    model.json       the model's configuration
+    resolved.yaml    the recipe as it ran
+    loader_*.pt      where each data-parallel rank's reader stands
+    rng_*.pt         random states of each rank
+    checksums.json   crc32 and size of every file above
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from torch import nn
+
+from megatron_keye.config.model import ModelConfig
+from megatron_keye.errors import UserError
+from megatron_keye.parallel.plan import Plan
+from megatron_keye.training.model_state import load_model_state, metadata, model_state
+
+if TYPE_CHECKING:
+    from megatron_keye.training.engine import Engine
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def complete(root: Path) -> list[Path]:
+    """Iteration folders that were published, oldest first. A folder gets its name only when it is whole."""
+    return sorted(f for f in root.glob("iter_[0-9]*") if (f / "checksums.json").is_file())
+
+
+def newest(root: Path) -> Path | None:
+    return next(iter(complete(root)[::-1]), None)
+
+
+@dataclasses.dataclass
+class Progress:
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_samples: dict[str, int] = dataclasses.field(default_factory=dict)
+    skipped_steps: int = 0
+
+
+class Checkpointer:
+    """Saves and restores one run."""
+
+    def __init__(self, root: Path, plan: Plan, model: ModelConfig, keep: int):
+        self.root, self.plan, self.model, self.keep = root, plan, model, keep
+
+    # ---- save
+
+    def save(
+        self,
+        progress: Progress,
+        engine: Engine,
+        loader_state: Any,
+        recipe_yaml: str,
+    ) -> Path:
+        """Write everything under a temporary name, then rename. A failure leaves earlier checkpoints as they were."""
+        folder = iteration_folder(self.root, progress.iteration)
+        draft = self.root / f".{folder.name}.draft"
+        problem = None
+        try:
+            if self.plan.rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+            dist.barrier()
+            weights = model_state(engine.language, engine.tower)
+            state = dict(weights)
+            state["optimizer"] = engine.optimizer.sharded_state_dict(weights, metadata=metadata())
+            state["schedule"] = engine.schedule.state_dict()
+            dist_checkpointing.save(state, str(draft), content_metadata=None)
+            self._save_beside(draft, progress, loader_state, recipe_yaml)
+        except Exception as error:  # told to every rank below: one rank must not leave the others waiting
+            problem = f"{type(error).__name__}: {_root_cause(error)}"
+        problems: list[str | None] = [None] * self.plan.world_size
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            if self.plan.rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+            reason = next(p for p in problems if p)
+            kept = newest(self.root)
+            raise UserError(
+                f"{folder}: the checkpoint could not be written ({reason}); free space there and start again: "
+                + (f"the run will go on from {kept.name}" if kept else "no earlier checkpoint exists")
+            )
+        self._publish(draft, folder)
+        return folder
+
+    def _save_beside(self, draft: Path, progress: Progress, loader_state: Any, recipe_yaml: str) -> None:
+        torch.save(_random_states(), draft / f"rng_{self.plan.rank:05d}.pt")
+        if self.plan.rank == self.plan.block_source:
+            torch.save(loader_state, draft / f"loader_{self.plan.data_rank:05d}.pt")
+        if self.plan.rank == 0:
+            layout = {**dataclasses.asdict(self.plan.config), "data": self.plan.data_size}
+            (draft / "state.json").write_text(json.dumps({**dataclasses.asdict(progress), "layout": layout}, indent=1))
+            (draft / "model.json").write_text(json.dumps(dataclasses.asdict(self.model), indent=1))
+            (draft / "resolved.yaml").write_text(recipe_yaml)
+
+    def _publish(self, draft: Path, folder: Path) -> None:
+        dist.barrier()
+        share = sorted(draft.iterdir())[self.plan.rank :: self.plan.world_size]
+        shares: list[dict] = [{}] * self.plan.world_size
+        dist.all_gather_object(shares, {f.name: _checksum(f) for f in share})
+        if self.plan.rank == 0:
+            everything = {name: sums for part in shares for name, sums in part.items()}
+            (draft / "checksums.json").write_text(json.dumps(everything, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(draft, folder)
+            pointer = self.root / f".{LATEST}"
+            pointer.write_text(str(int(folder.name.removeprefix("iter_"))))
+            os.replace(pointer, self.root / LATEST)
+            for old in complete(self.root)[: -self.keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    # ---- restore
+
+    def restore(self, folder: Path, engine: Engine) -> tuple[Progress, Any]:
+        """Everything a run needs to go on -> (progress, loader state)."""
+        verify(folder, self.plan.rank, self.plan.world_size)
+        check_same_model(folder, self.model)
+        saved = json.loads((folder / "state.json").read_text())
+        layout = saved.pop("layout")
+        same_layout = layout == {**dataclasses.asdict(self.plan.config), "data": self.plan.data_size}
+        for part in engine.optimizer.chained_optimizers:
+            part._init_optimizer_states_with_dummy_values()
+        weights = model_state(engine.language, engine.tower)
+        state = dict(weights)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata())
+        state["schedule"] = {}
+        loaded = dist_checkpointing.load(state, str(folder))
+        load_model_state(loaded, engine.language, engine.tower)
+        engine.optimizer.load_state_dict(loaded["optimizer"])
+        engine.schedule.load_state_dict(loaded["schedule"])
+        if same_layout:
+            _set_random_states(torch.load(folder / f"rng_{self.plan.rank:05d}.pt", weights_only=True))
+        readers = [torch.load(f, weights_only=True) for f in sorted(folder.glob("loader_*.pt"))]
+        if layout["data"] == self.plan.data_size:
+            return Progress(**saved), readers[self.plan.data_rank]
+        return Progress(**saved), readers  # the loader deals them out anew, or says why it cannot
+
+
+def load_weights(folder: Path, model: ModelConfig, language: list[nn.Module], tower: nn.Module, plan: Plan) -> None:
+    """Weights alone, from any layout: the start of the next phase."""
+    verify(folder, plan.rank, plan.world_size)
+    check_same_model(folder, model)
+    loaded = dist_checkpointing.load(model_state(language, tower), str(folder))
+    load_model_state(loaded, language, tower)
+
+
+def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Every file is there, whole and unchanged; the ranks share the reading. Raises UserError naming the first that is not."""
+    recorded = sorted(json.loads((folder / "checksums.json").read_text()).items())
+    for name, sums in recorded[rank::world_size]:
+        file = folder / name
+        if not file.is_file() or _checksum(file) != sums:
+            state = "is missing" if not file.is_file() else "is damaged"
+            raise UserError(f"{file} {state}; remove the folder, and the run goes on from the checkpoint before it")
+
+
+# What may differ between two phases of one model: how it attends and computes, not what it is.
+BEHAVIOUR = ("preset", "attention_mode", "topk", "indexer_fake_fp8", "deterministic_attention", "attention_backend",
+             "router_aux_loss_coeff", "init_std", "max_position_embeddings", "rope_theta")  # fmt: skip
+
+
+def check_same_model(folder: Path, model: ModelConfig) -> None:
+    saved = json.loads((folder / "model.json").read_text())
+    for key, value in dataclasses.asdict(model).items():
+        if key not in BEHAVIOUR and key in saved and saved[key] != value:
+            raise UserError(
+                f"{folder} holds another model: model.{key} is {saved[key]} there and {value} in this recipe; "
+                "use another run_dir or init_from, or set the model as it was"
+            )
+
+
+def _checksum(file: Path) -> list[int]:
+    crc = size = 0
+    with file.open("rb") as stream:
+        for block in _blocks(stream):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [crc, size]
+
+
+def _blocks(stream, length: int = 1 << 22) -> Iterator[bytes]:
+    while block := stream.read(length):
+        yield block
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _random_states() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": [x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])

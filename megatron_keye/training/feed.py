@@ -1,0 +1,59 @@
+"""One read for a whole block: its first rank reads and decodes, the others are told.
+
+Shapes: B packed rows of S tokens, P patches (see keye_data.sample.Batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from keye_data.errors import DataError
+from keye_data.sample import Batch
+from megatron_keye.parallel.plan import Plan
+
+
+class BlockFeed:
+    """`batches` is an iterator on the block's source rank, and None on the others."""
+
+    def __init__(self, batches: Iterator[Batch] | None, plan: Plan):
+        self.batches, self.plan = batches, plan
+        self.device = torch.device(torch.cuda.current_device())
+
+    def take(self, count: int) -> list[Batch]:
+        """The next `count` micro-batches, on this rank's device, the same on every rank of the block."""
+        taken: list[Batch] = []
+        problem: DataError | None = None
+        if self.batches is not None:
+            try:
+                taken = [next(self.batches) for _ in range(count)]
+            except DataError as error:
+                problem = error
+        if self.plan.block.size() > 1:
+            patches = [b.patches for b in taken]
+            outline = [problem, [replace(b, patches=torch.empty(0)) for b in taken], [len(p) for p in patches]]
+            dist.broadcast_object_list(outline, src=self.plan.block_source, group=self.plan.block)
+            problem, taken, lengths = outline
+            if problem is None:
+                taken = self._share_patches(taken, patches, lengths)
+        if problem is not None:
+            raise problem
+        return [to_device(b, self.device) for b in taken]
+
+    def _share_patches(self, batches: list[Batch], patches: list[torch.Tensor], lengths: list[int]) -> list[Batch]:
+        pixels = torch.empty(sum(lengths), 3, 14, 14, dtype=torch.uint8, device=self.device)
+        if self.batches is not None:
+            torch.cat(patches, out=pixels) if patches[0].device == pixels.device else pixels.copy_(torch.cat(patches))
+        dist.broadcast(pixels, src=self.plan.block_source, group=self.plan.block)
+        return [replace(b, patches=part) for b, part in zip(batches, pixels.split(lengths))]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Everything but the grid, which the host plans with."""
+    moved = {
+        n: getattr(batch, n).to(device) for n in ["input_ids", "targets", "position_ids", "key_start", "key_stop", "patches"]
+    }
+    return replace(batch, **moved)

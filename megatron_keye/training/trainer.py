@@ -1,0 +1,189 @@
+"""A run: everything built from a recipe, and the loop over its steps."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from keye_data.loader import Loader
+from keye_data.processor import Processor
+from keye_data.sample import Batch
+from keye_data.tokenizer import load_tokenizer
+from megatron_keye.config.load import recipe_yaml
+from megatron_keye.config.recipe import Recipe
+from megatron_keye.errors import UserError
+from megatron_keye.model import backend
+from megatron_keye.parallel.plan import Plan
+from megatron_keye.planning.flops import step_flops
+from megatron_keye.training import checkpoint
+from megatron_keye.training.engine import Engine, agreed
+from megatron_keye.training.feed import BlockFeed
+from megatron_keye.training.logging import RunLog, say
+from megatron_keye.training.step import StepResult
+
+
+class Trainer:
+    """Builds model, data and optimizer for this rank, restores what there is to restore, and trains."""
+
+    def __init__(self, recipe: Recipe, plan: Plan):
+        self.recipe, self.plan = recipe, plan
+        self.run_dir = Path(recipe.run_dir)
+        self.micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * plan.data_size)
+        self.progress = checkpoint.Progress()
+        self.stop_signal = False
+        self.nonfinite = 0
+        # The reader's processes are forked first, before threads and devices exist here.
+        self.loader = self._build_loader() if plan.rank == plan.block_source else None
+        self.checkpointer = checkpoint.Checkpointer(
+            self.run_dir / "checkpoints", plan, recipe.model, recipe.checkpoint.keep
+        )
+        found = agreed(checkpoint.newest(self.checkpointer.root)) if recipe.checkpoint.resume else None
+        self.engine = Engine(recipe, plan, resume_from=found)
+        if found is not None:
+            self._resume(found)
+        self.feed = BlockFeed(self.loader, plan)
+        is_logger = plan.data_rank == 0 and plan.is_last_stage and plan.tensor_rank == 0 and plan.context_rank == 0
+        self.log = RunLog(recipe, self.run_dir, is_logger, self.progress.iteration)
+
+    # ---- building
+
+    def _build_loader(self) -> Loader:
+        data, training = self.recipe.data, self.recipe.training
+        return Loader(
+            data,
+            Processor(load_tokenizer(data.tokenizer), data),
+            rank=self.plan.data_rank,
+            world_size=self.plan.data_size,
+            micro_batch_size=training.micro_batch_size,
+            seed=training.seed,
+        )
+
+    def _resume(self, folder: Path) -> None:
+        self.progress, loader_state = self.checkpointer.restore(folder, self.engine)
+        if self.loader is not None:
+            self.loader.load_state_dict(loader_state)
+        if self.plan.rank == 0:
+            say(f"going on from {folder}")
+
+    # ---- running
+
+    def run(self) -> None:
+        if self.plan.rank == 0:
+            self._announce()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        training = self.recipe.training
+        last = min(training.steps, training.stop_after or training.steps)
+        saved_at = self.progress.iteration
+        interval = self.recipe.checkpoint.interval
+        while self.progress.iteration < last:
+            self._one_step()
+            stopping = self._any_rank_stops()
+            if stopping or (interval and self.progress.iteration % interval == 0):
+                self.save()
+                saved_at = self.progress.iteration
+            if stopping:
+                if self.plan.rank == 0:
+                    say(f"stopped by a signal at iteration {saved_at}, saved; the same command goes on from here")
+                break
+        if saved_at != self.progress.iteration:
+            self.save()
+        self.log.finish()
+
+    def _one_step(self) -> None:
+        begin = time.perf_counter()
+        batches = self.feed.take(self.micro_batches)
+        waited = time.perf_counter() - begin
+        result = self.engine.step(batches)
+        lr = self.engine.optimizer.param_groups[0]["lr"]
+        self.progress.iteration += 1
+        self.engine.schedule.step(increment=1)
+        skipped, rows, flops = self._totals(batches)
+        self.progress.consumed_samples += rows
+        self.progress.skipped_samples = dict(Counter(self.progress.skipped_samples) + Counter(skipped))
+        self._guard(result)
+        elapsed = time.perf_counter() - begin
+        self.log.step(
+            {
+                "iteration": self.progress.iteration,
+                "consumed samples": self.progress.consumed_samples,
+                "iteration-time": elapsed,
+                "throughput": flops / elapsed / 1e12 / self.plan.world_size,
+                "tokens-per-second": result.tokens / elapsed,
+                "tokens": result.tokens,
+                "predicted-tokens": result.predicted_tokens,
+                "learning-rate": lr,
+                "batch-size": self.recipe.training.global_batch_size,
+                "lm loss": result.lm_loss,
+                **result.extra,
+                "grad-norm": result.grad_norm,
+                "vit-imbalance": self.engine.step.vision.imbalance,
+                "video-decode-wait-ms": waited * 1000,
+                "skipped-steps": self.progress.skipped_steps,
+                "skipped-samples": sum(self.progress.skipped_samples.values()),
+                "skipped-samples-by-reason": self.progress.skipped_samples,
+                "sample-keys": [k for b in batches for k in b.keys],
+            }
+        )
+
+    def _totals(self, batches: list[Batch]) -> tuple[dict[str, int], int, float]:
+        """Over all blocks: samples skipped by reason, samples used, floating-point work."""
+        mine = (
+            sum((Counter(b.skipped) for b in batches), Counter()) if self.loader is not None else Counter(),
+            sum(len(b.keys) for b in batches) if self.loader is not None else 0,
+            step_flops(self.recipe.model, batches) if self.loader is not None else 0.0,
+        )
+        everyone: list[Any] = [None] * self.plan.world_size
+        dist.all_gather_object(everyone, mine)
+        skipped = sum((part[0] for part in everyone), Counter[str]())
+        return dict(skipped), sum(part[1] for part in everyone), sum(part[2] for part in everyone)
+
+    def _guard(self, result: StepResult) -> None:
+        self.nonfinite = 0 if result.finite else self.nonfinite + 1
+        self.progress.skipped_steps += not result.finite
+        if self.nonfinite >= self.recipe.training.max_nonfinite_steps:
+            raise UserError(
+                f"iteration {self.progress.iteration}: loss or gradient was not finite for {self.nonfinite} steps in a row "
+                "(training.max_nonfinite_steps); lower optimizer.lr, or look at the samples named in metrics.jsonl"
+            )
+
+    def _on_signal(self, number: int, _) -> None:
+        self.stop_signal = True
+
+    def _any_rank_stops(self) -> bool:
+        flag = torch.tensor(float(self.stop_signal), device=torch.cuda.current_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def save(self) -> None:
+        state = self.loader.state_dict() if self.loader is not None else None
+        folder = self.checkpointer.save(self.progress, self.engine, state, recipe_yaml(self.recipe))
+        if self.plan.rank == 0:
+            say(f"  saved {folder}")
+
+    def _announce(self) -> None:
+        p, parallel = self.plan, self.recipe.parallel
+        say(f"{self.recipe.name}: {self.recipe.training.steps} steps, {self.recipe.model.attention_mode} attention")
+        say(
+            f"  layout: {p.world_size} ranks = pipeline {parallel.pipeline} x data {p.data_size} x context "
+            f"{parallel.context} x tensor {parallel.tensor}; experts over {parallel.expert}"
+        )
+        say(f"  layers: {backend.describe()}")
+        for part, (trained, total) in self.engine.trained.items():
+            say(f"  {part}: {trained:,} of {total:,} parameters of this rank train")
+
+    def close(self) -> None:
+        if self.loader is not None and hasattr(self.loader, "close"):
+            self.loader.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The steps of a run, as dictionaries."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
