@@ -35,6 +35,10 @@ def test_edges():
     spike = torch.zeros(1, 4)
     spike[0, 0] = 448 * 2  # each transformed value is exactly 448
     assert torch.equal(fake_fp8(spike), torch.full((1, 4), 448.0))
+    widest = torch.tensor(
+        [[448.0, 2.0**-9, 0, 0]], dtype=torch.float64
+    )  # from e4m3's greatest to its least: scale 1 alone holds both
+    assert torch.equal(fake_fp8(hadamard(widest)), widest)
     assert fake_fp8(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.float32
 
 
