@@ -16,6 +16,8 @@ def pick(state: State | list[State], mine: Layout, version: int) -> State:
     Raises DataError saying what differs and what would be valid.
     """
     states = state if isinstance(state, list) else [state]
+    if not states:
+        raise DataError("the checkpoint holds no loader state; start a new run from its weights instead")
     for one in states:
         if one.get("version") != version:
             raise DataError(

@@ -203,6 +203,8 @@ def test_resume_refuses_what_cannot_be_exact(make_loader):
         make_loader("text", workers=1, world_size=2, rank=1).load_state_dict(state)
     with pytest.raises(DataError, match="version None"):
         make_loader("text").load_state_dict({})
+    with pytest.raises(DataError, match="holds no loader state"):
+        make_loader("text").load_state_dict([])
     started = make_loader("text")
     next(started)
     with pytest.raises(DataError, match="before the first batch"):

@@ -211,3 +211,13 @@ def test_save_pretrained(tokenizer, tmp_path):
 def test_bad_train_on(tokenizer):
     with pytest.raises(DataError, match="train_on"):
         Processor(tokenizer, settings(train_on="some"))
+
+
+def test_a_backend_that_lacks_the_codec_is_no_broken_sample(tokenizer, make_clip):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    video_settings = VideoConfig(min_frame_tokens=4, max_frame_tokens=6, backend="dali", device="cpu")
+    processor = Processor(tokenizer, settings(video=video_settings))
+    conversation = chat({"type": "video", "video": "v"})
+    media = processor.encode(conversation, {"v": make_clip(8)}, "k", "s").media[0]
+    with pytest.raises(video.UnsupportedCodec, match="dali on cpu cannot decode h264"):
+        processor.pixels(media)
