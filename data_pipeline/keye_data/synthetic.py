@@ -79,9 +79,8 @@ def generate(
 def draw(rng: np.random.Generator, colour: str, start: int, size: int, frames: int, blank: bool = False) -> np.ndarray:
     """uint8 [frames, size, size, 3]: a square of `colour` from frame `start` on."""
     pixels = np.full((frames, size, size, 3), rng.integers(70, 170), np.float32)
-    pixels += (
-        rng.integers(-15, 16, 3) + np.linspace(*rng.uniform(-25, 25, 2), size)[:, None]
-    )  # a tint, and light from above
+    top, bottom = rng.uniform(-25, 25, 2).tolist()
+    pixels += rng.integers(-15, 16, 3) + np.linspace(top, bottom, size)[:, None]  # a tint, and light from one end
     side = int(rng.integers(size * 3 // 10, size * 6 // 10 + 1))
     y, x = rng.integers(0, size - side + 1, 2)
     square = np.array(COLOURS[colour]) + rng.integers(-20, 21, 3)
