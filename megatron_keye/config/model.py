@@ -38,7 +38,7 @@ class ModelConfig:
 
     # sparse attention
     attention_mode: str = "dense"  # dense | warmup (dense output, indexer learns) | sparse
-    indexer_heads: int = 16
+    indexer_heads: int = 16  # 0 together with vision_layers 0: plain Qwen3-MoE, without indexers and vision tower
     indexer_head_dim: int = 64
     topk: int = 2048
     indexer_fake_fp8: bool = False  # quantise indexer q and k as serving does; whether Kwai trained so is not published

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from megatron_keye.config.divisibility import divisors, nearest_of
 from megatron_keye.config.model import ModelConfig
-from megatron_keye.config.rope import LAYOUTS, indexer_sections
+from megatron_keye.config.rope import LAYOUTS, indexer_sections, mrope_sections
 from megatron_keye.errors import UserError
 
 
 def model_errors(cfg: ModelConfig) -> list[str]:
     """One line per fault, with the nearest valid choice."""
+    if cfg.vision_layers == 0 and cfg.indexer_heads == 0:
+        return _language_errors(cfg) + _plain_errors(cfg)
     return _language_errors(cfg) + _vision_errors(cfg) + _token_errors(cfg)
+
+
+def _plain_errors(cfg: ModelConfig) -> list[str]:
+    if cfg.attention_mode == "dense":
+        return []
+    return [f"model.attention_mode = {cfg.attention_mode!r} needs indexers, and the model has none; choose 'dense'"]
 
 
 def _language_errors(cfg: ModelConfig) -> list[str]:
@@ -35,13 +43,15 @@ def _language_errors(cfg: ModelConfig) -> list[str]:
         )
     if not errors and cfg.mrope_layout in LAYOUTS:  # a wrong layout is named among the choices
         try:
-            indexer_sections(cfg)
+            (indexer_sections if cfg.indexer_heads else mrope_sections)(cfg)
         except UserError as error:
             errors.append(str(error))
     return errors
 
 
 def _vision_errors(cfg: ModelConfig) -> list[str]:
+    if 0 in (cfg.vision_layers, cfg.indexer_heads):
+        return ["model.vision_layers and model.indexer_heads: 0 in one needs 0 in the other (plain Qwen3-MoE)"]
     width, heads = cfg.vision_hidden_size, cfg.vision_heads
     if heads >= 1 and width % (4 * heads):  # each head's dims are halves of two axes
         good = [n for n in divisors(width) if width % (4 * n) == 0]

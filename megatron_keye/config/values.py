@@ -43,6 +43,8 @@ AT_LEAST_ZERO = (
     "optimizer.beta2",
     "optimizer.clip_grad",
     "optimizer.vision_lr_scale",
+    "model.indexer_heads",
+    "model.vision_layers",
     "model.image_token_id",
     "model.video_token_id",
 )

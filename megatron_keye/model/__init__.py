@@ -5,10 +5,13 @@ cfg = m.build_config("keye_mini", attention_mode="sparse")
 model = m.build_model(cfg)
 logits = model(input_ids)                       # [B, T, V]
 loss = model(input_ids, labels=input_ids)       # scalar
+model = m.from_hf("folder")                     # a Hugging Face folder: Keye's, or plain Qwen3-MoE's
+m.to_hf(model, "exported")
 """
 
 import megatron_keye.parallel  # noqa: F401  (first: it makes Megatron-Core usable without CUDA)
 from megatron_keye.config.model import ModelConfig, build_config
+from megatron_keye.model.hf import from_hf, to_hf
 from megatron_keye.model.keye import KeyeModel, build_model
 
-__all__ = ["KeyeModel", "ModelConfig", "build_config", "build_model"]
+__all__ = ["KeyeModel", "ModelConfig", "build_config", "build_model", "from_hf", "to_hf"]

@@ -79,12 +79,13 @@ class KeyeSelfAttention(SelfAttention):
 
     def __init__(self, config: KeyeTransformerConfig, submodules: KeyeAttentionSubmodules, *args, **kwargs):
         super().__init__(config, submodules, *args, **kwargs)
-        self.indexer = submodules.indexer(config=config, pg_collection=self.pg_collection)
+        if config.keye.indexer_heads:
+            self.indexer = submodules.indexer(config=config, pg_collection=self.pg_collection)
 
     def forward(self, hidden_states, attention_mask, *_, rotary_pos_emb=None, **__):
         """hidden_states [s / tp, b, hidden]; attention_mask: key ranges; rotary_pos_emb: positions.rotary_angles."""
         keye = self.config.keye
-        angles, indexer_angles = rotary_pos_emb.split([keye.head_dim // 2, keye.indexer_head_dim // 2], dim=-1)
+        angles, indexer_angles = rotary_pos_emb.tensor_split([keye.head_dim // 2], dim=-1)
         query, key, value = self.get_query_key_value_tensors(hidden_states)[:3]
         indexer_outputs = None
         if keye.attention_mode == "sparse" or (self.config.indexer_loss_weight and self.training):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron_keye.config.model import ModelConfig
-from megatron_keye.model.names import Link, links, local_shard
+from megatron_keye.model.names import Link, links, local_shard, released_shapes
 
 
 def initialize_weights(modules: Iterable[nn.Module], cfg: ModelConfig, seed: int) -> None:
@@ -29,23 +29,12 @@ def draw(parameter: nn.Parameter, link: Link, name: str, cfg: ModelConfig, seed:
     elif "norm" in name:
         parameter.fill_(1.0)
     else:
-        whole_shape = list(parameter.shape)
         is_expert = ".experts." in name
         pieces = [
             _normal(released, shape, cfg.init_std, seed)
-            for released, shape in zip(link.released, _released_shapes(link, whole_shape, is_expert))
+            for released, shape in zip(link.released, released_shapes(link, parameter.shape, is_expert))
         ]
         parameter.copy_(local_shard(link.join(pieces), link, is_expert))
-
-
-def _released_shapes(link: Link, local_shape: list[int], is_expert: bool) -> list[torch.Size]:
-    from megatron.core import parallel_state as ps
-
-    size = ps.get_expert_tensor_parallel_world_size() if is_expert else ps.get_tensor_model_parallel_world_size()
-    shape = list(local_shape)
-    if link.shard != "none":
-        shape[1 if link.shard == "columns" else 0] *= size
-    return [t.shape for t in link.split(torch.empty(shape, device="meta"))]
 
 
 def _normal(name: str, shape: torch.Size, std: float, seed: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ class VisionTower(MegatronModule):
 
 
 class KeyeModel(nn.Module):
-    """The whole model in one process."""
+    """The whole model in one process. `visual` is None for a language model alone (vision_layers = 0)."""
 
     def __init__(self, cfg: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -46,7 +46,12 @@ class KeyeModel(nn.Module):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.cfg = cfg
         self.language_model = LanguageModel(language_config(cfg, dtype=dtype))
-        self.visual = VisionTower(vision_config(cfg, dtype=dtype), groups)
+        self.visual = VisionTower(vision_config(cfg, dtype=dtype), groups) if cfg.vision_layers else None
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What it is made of: the language model and, where there is one, the vision tower."""
+        return [self.language_model] if self.visual is None else [self.language_model, self.visual]
 
     def forward(
         self,
@@ -61,12 +66,19 @@ class KeyeModel(nn.Module):
         position_ids [3, B, T], None: computed; pixel_values [P, 3, 14, 14] normalised, raster order; grid_thw [N, 3] in
         patches, t = 1 per picture or frame; labels as in transformers: positions of input_ids, shifted here, -100 ignored.
         """
-        grid = _two_columns(grid_thw, input_ids.device)
-        visual = self.visual(pixel_values, grid) if pixel_values is not None else None
-        self._check_counts(input_ids, grid)
-        if position_ids is None:
-            position_ids = self._positions(input_ids, grid)
         B, T = input_ids.shape
+        visual = None
+        if self.visual is None:
+            if pixel_values is not None or grid_thw is not None:
+                raise UserError("this model has no vision tower; give it text alone")
+            if position_ids is None:
+                position_ids = torch.arange(T, device=input_ids.device).expand(3, B, T)
+        else:
+            grid = _two_columns(grid_thw, input_ids.device)
+            visual = self.visual(pixel_values, grid) if pixel_values is not None else None
+            self._check_counts(input_ids, grid)
+            if position_ids is None:
+                position_ids = self._positions(input_ids, grid)
         stop = torch.arange(1, T + 1, dtype=torch.int32, device=input_ids.device).expand(B, T)
         ranges = torch.stack([torch.zeros_like(stop), stop])
         if labels is None:
@@ -108,5 +120,5 @@ def build_model(cfg: ModelConfig, dtype: torch.dtype = torch.float32, seed: int 
 
     model = KeyeModel(cfg, dtype)
     if not next(model.parameters()).is_meta:
-        initialize_weights([model.language_model, model.visual], cfg, seed)
+        initialize_weights(model.parts, cfg, seed)
     return model

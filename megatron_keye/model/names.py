@@ -15,6 +15,7 @@ from megatron.core import parallel_state as ps
 from torch import nn
 
 from megatron_keye.config.model import ModelConfig
+from megatron_keye.errors import UserError
 
 Tensors = Sequence[torch.Tensor]
 
@@ -152,12 +153,25 @@ def local_shard(whole: torch.Tensor, link: Link, is_expert: bool) -> torch.Tenso
     return whole.chunk(size, dim=0 if link.shard == "rows" else 1)[rank]
 
 
+def released_shapes(link: Link, local_shape: torch.Size, is_expert: bool) -> list[torch.Size]:
+    """Shapes of the released tensors behind a parameter, of which this tensor-parallel rank holds `local_shape`."""
+    size = ps.get_expert_tensor_parallel_world_size() if is_expert else ps.get_tensor_model_parallel_world_size()
+    shape = list(local_shape)
+    if link.shard != "none":
+        shape[1 if link.shard == "columns" else 0] *= size
+    return [t.shape for t in link.split(torch.empty(shape, device="meta"))]
+
+
 @torch.no_grad()
 def load_released(module: nn.Module, cfg: ModelConfig, read: Callable[[str], torch.Tensor]) -> None:
-    """Fill this rank's parameters; `read(name)` gives a whole released tensor."""
+    """Fill this rank's parameters; `read(name)` gives a whole released tensor. UserError where its shape is another."""
     for name, parameter, link in links(module, cfg):
-        whole = link.join([read(released) for released in link.released])
-        parameter.copy_(local_shard(whole, link, is_expert=".experts." in name))
+        is_expert = ".experts." in name
+        pieces = [read(released) for released in link.released]
+        for released, piece, shape in zip(link.released, pieces, released_shapes(link, parameter.shape, is_expert)):
+            if piece.shape != shape:
+                raise UserError(f"{released} is {list(piece.shape)} and must be {list(shape)} for this configuration")
+        parameter.copy_(local_shard(link.join(pieces), link, is_expert))
 
 
 @torch.no_grad()

@@ -13,11 +13,10 @@ from megatron_keye.config.rope import indexer_sections, mrope_sections
 
 
 def rotary_angles(cfg: ModelConfig, position_ids: torch.Tensor) -> torch.Tensor:
-    """[3, b, s] ids -> [s, b, (D + Di) / 2] angles in fp32: the attention's first, then the indexer's."""
-    parts = [
-        _axis_angles(cfg, position_ids, cfg.head_dim, mrope_sections(cfg)),
-        _axis_angles(cfg, position_ids, cfg.indexer_head_dim, indexer_sections(cfg)),
-    ]
+    """[3, b, s] ids -> [s, b, (D + Di) / 2] angles in fp32: the attention's first, then the indexer's, if there is one."""
+    parts = [_axis_angles(cfg, position_ids, cfg.head_dim, mrope_sections(cfg))]
+    if cfg.indexer_heads:
+        parts.append(_axis_angles(cfg, position_ids, cfg.indexer_head_dim, indexer_sections(cfg)))
     return torch.cat(parts, dim=-1).transpose(0, 1).contiguous()
 
 

@@ -1,0 +1,117 @@
+"""Hugging Face folders in and out: every released tensor is used, every parameter is filled, no bit is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from keye_data.processor import Processor
+from keye_data.settings import DataConfig
+from keye_data.tokenizer import load_tokenizer
+from megatron_keye.config.model import ModelConfig
+from megatron_keye.errors import UserError
+from megatron_keye.model.hf_config import read_config, write_config
+from megatron_keye.model.hf_files import Checkpoint, publishing, write_tensors
+from megatron_keye.model.keye import KeyeModel
+from megatron_keye.model.names import links, load_released, released_shapes, released_tensors
+
+Named = tuple[str, torch.Tensor]
+
+
+def from_hf(folder: str | Path, dtype: torch.dtype | None = None, **overrides: object) -> KeyeModel:
+    """The model of a Hugging Face folder, in eval mode. `dtype` None keeps the stored one; overrides are model-section keys.
+
+    attention_mode is "sparse" for a Keye folder, "dense" for plain Qwen3-MoE, which has no vision tower and no indexers.
+    Raises UserError for an unknown architecture, and for tensors missing, left over or of another shape.
+    """
+    cfg = read_config(folder, **overrides)
+    files = Checkpoint(folder)
+    model = KeyeModel(cfg, dtype or files.common_dtype())
+    _load(files, cfg, model.parts)
+    return model.eval()
+
+
+def load_hf(folder: str | Path, cfg: ModelConfig, language: Sequence[nn.Module], tower: nn.Module | None) -> None:
+    """Fill the stages of this rank, in any layout; every rank calls it. The folder must hold the model of `cfg`."""
+    _load(Checkpoint(folder), cfg, [*language] if tower is None else [*language, tower])
+
+
+def to_hf(
+    model: KeyeModel,
+    folder: str | Path,
+    experts: str | None = None,
+    tokenizer: str | Path | Processor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[Iterable[Named]], Iterable[Named]] = iter,
+) -> None:
+    """Write the model as a Hugging Face folder, which appears whole or not at all.
+
+    experts: "fused" (one tensor for a layer's experts, as Keye is released) or "separate" (as plain Qwen3-MoE is); None
+    takes the model's own. tokenizer: a folder or file whose tokenizer goes along, with the preprocessor configurations.
+    Raises UserError when `folder` is not empty or cannot be written.
+    """
+    dtype = dtype or next(model.parameters()).dtype
+    experts = experts or ("fused" if model.cfg.vision_layers else "separate")
+    processor = _processor(tokenizer)
+    with publishing(folder) as draft:
+        write_tensors(draft, progress(exported(model, dtype)), experts)
+        write_config(model.cfg, draft, str(dtype).removeprefix("torch."))
+        if processor is not None:
+            processor.save_pretrained(draft)
+
+
+def exported(model: KeyeModel, dtype: torch.dtype | None = None) -> Iterator[Named]:
+    """Every tensor of the model by its canonical released name, cast to `dtype`."""
+    for part in model.parts:
+        for name, tensor in released_tensors(part, model.cfg):
+            yield name, tensor.to(dtype or tensor.dtype)
+
+
+def _processor(tokenizer: str | Path | Processor | None) -> Processor | None:
+    if tokenizer is None or isinstance(tokenizer, Processor):
+        return tokenizer
+    return Processor(load_tokenizer(tokenizer), DataConfig(tokenizer=str(tokenizer)))
+
+
+def _load(files: Checkpoint, cfg: ModelConfig, modules: Sequence[nn.Module]) -> None:
+    _check(files, cfg, modules)
+    for module in modules:
+        load_released(module, cfg, files.get)
+
+
+def _check(files: Checkpoint, cfg: ModelConfig, modules: Sequence[nn.Module]) -> None:
+    """Names and shapes, agreed between all ranks, so that all of them stop."""
+    position = {name: i for i, name in enumerate(files.names())}
+    used = torch.zeros(len(position), dtype=torch.uint8, device=torch.cuda.current_device())
+    missing, misshapen = [], []
+    for module in modules:
+        for ours, parameter, link in links(module, cfg):
+            shapes = released_shapes(link, parameter.shape, is_expert=".experts." in ours)
+            for name, shape in zip(link.released, shapes):
+                if name not in files:
+                    missing.append(name)
+                    continue
+                used[position[name]] = 1
+                if (held := files.shape(name)) != list(shape):
+                    misshapen.append(f"{name} has shape {held}, the configuration wants {list(shape)}")
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    extra = [name for name, is_used in zip(position, used.tolist()) if not is_used]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (missing[:1], len(missing), misshapen[:1], len(misshapen)))
+    problems = []
+    for what, faults, count in (
+        ("missing", [n for part in everyone for n in part[0]], max(part[1] for part in everyone)),
+        ("not part of the model", extra, len(extra)),
+        ("misshapen", [n for part in everyone for n in part[2]], max(part[3] for part in everyone)),
+    ):
+        if faults:
+            more = f" and {count - 1} more" if count > 1 else ""
+            problems.append(f"{faults[0]}{more}" if what == "misshapen" else f"{what}: {faults[0]}{more}")
+    if problems:
+        raise UserError(f"{files.folder}: " + "; ".join(problems))
