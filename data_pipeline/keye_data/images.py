@@ -28,7 +28,7 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray
     except DataError:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
-        raise DataError(f"picture: cannot be decoded ({error})") from error
+        raise DataError(f"picture: cannot be decoded ({error})", "damaged picture") from error
     return resize(pixels[None], size)[0]
 
 

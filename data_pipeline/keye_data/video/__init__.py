@@ -11,7 +11,7 @@ matrix that the stream names (BT.601 where it names none); pixels count as squar
 from __future__ import annotations
 
 from .api import BACKENDS, Info, decode, probe
-from .container import MAX_BYTES, MAX_PIXELS, MAX_SIDE, Source, UnsupportedCodec
+from .container import MAX_BYTES, MAX_PIXELS, MAX_SIDE, DamagedVideo, Source, UnsupportedCodec
 from .packets import PacketTable, scan
 from .trim import trim
 
@@ -20,6 +20,7 @@ __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "MAX_SIDE",
+    "DamagedVideo",
     "Info",
     "PacketTable",
     "Source",

@@ -10,10 +10,8 @@ import numpy as np
 from av import VideoFrame
 from av.video.stream import VideoStream
 
-from keye_data.errors import DataError
-
 from . import with_pyav
-from .container import Source, check_size, opened, refuse_cut_short, source_name
+from .container import DamagedVideo, Source, check_size, opened, refuse_cut_short, source_name
 from .frames import UPRIGHT, Orientation, orientation
 from .packets import PacketTable, scan_open
 
@@ -56,7 +54,7 @@ def _look(src: Source) -> tuple[PacketTable, Info]:
         else:
             pts, first = _frame_times(with_pyav.all_frames(container, stream), stream)
     if first is None:
-        raise DataError(f"video {name}: no frame can be decoded")
+        raise DamagedVideo(f"video {name}: no frame can be decoded")
     check_size(first.width, first.height, f"video {name}")
     how = orientation(first)
     height, width = (first.width, first.height) if how[0] else (first.height, first.width)

@@ -26,6 +26,20 @@ FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,gif,ogg,asf,ivf,nut,h264,he
 class UnsupportedCodec(DataError):
     """The chosen backend cannot decode this codec: the choice is wrong, not the file."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "unsupported codec")
+
+
+class DamagedVideo(DataError):
+    """A clip that is cut short, damaged, or no clip at all."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "damaged video")
+
+
+class Broken(Exception):
+    """What is wrong inside a clip, where its name is not known; `opened` makes it a DamagedVideo."""
+
 
 def source_name(src: Source) -> str:
     return f"{len(src)} bytes" if isinstance(src, (bytes, bytearray, memoryview)) else os.fspath(src)
@@ -40,10 +54,11 @@ def source_bytes(src: Source) -> bytes:
 
 def check_size(width: int, height: int, what: str) -> None:
     if width < 1 or height < 1:
-        raise DataError(f"{what}: has no pixels ({width} x {height})")
+        raise DataError(f"{what}: has no pixels ({width} x {height})", "no pixels")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise DataError(
-            f"{what}: {width} x {height} is larger than the bounds ({MAX_SIDE} px a side, {MAX_PIXELS} in all); scale it down"
+            f"{what}: {width} x {height} is larger than the bounds ({MAX_SIDE} px a side, {MAX_PIXELS} in all); scale it down",
+            "too large",
         )
 
 
@@ -54,26 +69,32 @@ def opened(src: Source, backend: str = "pyav") -> Iterator[tuple[InputContainer,
     try:
         size = len(src) if isinstance(src, (bytes, bytearray, memoryview)) else os.path.getsize(src)
         if size == 0:
-            raise DataError(f"video {name}: is empty")
+            raise DamagedVideo(f"video {name}: is empty")
         if size > MAX_BYTES:
-            raise DataError(f"video {name}: {size} bytes are more than the bound of {MAX_BYTES}; cut it into segments")
+            raise DataError(
+                f"video {name}: {size} bytes are more than the bound of {MAX_BYTES}; cut it into segments", "too large"
+            )
         # "file:" keeps a name with a colon in it from being taken for a network address.
         target = io.BytesIO(src) if isinstance(src, (bytes, bytearray, memoryview)) else "file:" + os.fspath(src)
         with av.open(target, "r", options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
             stream = next((s for s in container.streams.video if not s.disposition & s.disposition.attached_pic), None)
             if stream is None:
-                raise DataError(f"video {name}: holds no video stream")
+                raise DamagedVideo(f"video {name}: holds no video stream")
             if stream.codec_context is None:
                 raise UnsupportedCodec(f"video {name}: backend {backend} has no decoder for this codec")
             stream.codec_context.thread_count = 1  # workers are the unit of parallelism
             check_size(stream.codec_context.width, stream.codec_context.height, f"video {name}")
             yield container, stream
+    except Broken as error:
+        raise DamagedVideo(f"video {name}: {error}") from error
+    except (av.error.FileNotFoundError, av.error.PermissionError) as error:
+        raise DataError(f"video {name}: cannot be opened ({error.strerror})", "missing media") from error
     except av.error.FFmpegError as error:
-        raise DataError(
+        raise DamagedVideo(
             f"video {name}: cannot be read ({error.strerror or error}); it is damaged or no video"
         ) from error
     except OSError as error:
-        raise DataError(f"video {name}: cannot be opened ({error.strerror or error})") from error
+        raise DataError(f"video {name}: cannot be opened ({error.strerror or error})", "missing media") from error
 
 
 def refuse_cut_short(src: Source) -> None:
@@ -82,9 +103,9 @@ def refuse_cut_short(src: Source) -> None:
     try:
         end, total = _stated_end(src)
     except OSError as error:
-        raise DataError(f"video {name}: cannot be opened ({error.strerror or error})") from error
+        raise DataError(f"video {name}: cannot be opened ({error.strerror or error})", "missing media") from error
     if end > total:
-        raise DataError(f"video {name}: is cut short: its headers speak of {end} bytes, {total} are there")
+        raise DamagedVideo(f"video {name}: is cut short: its headers speak of {end} bytes, {total} are there")
 
 
 def _stated_end(src: Source) -> tuple[int, int]:

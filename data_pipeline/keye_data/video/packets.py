@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 
 from keye_data.errors import DataError
 
-from .container import Source, opened, refuse_cut_short, source_name
+from .container import DamagedVideo, Source, opened, refuse_cut_short, source_name
 
 MAX_PACKETS = 20_000_000
 # Only these say reliably, packet by packet, when a frame is shown.
@@ -72,11 +72,11 @@ def scan_open(container: InputContainer, stream: VideoStream, name: str) -> Pack
         sync = packet.is_keyframe and is_random_access(packet)
         rows.append((packet.pts or 0, packet.size, sync, hidden, packet.is_discard))
         if len(rows) > MAX_PACKETS:
-            raise DataError(f"video {name}: more than {MAX_PACKETS} packets; cut it into segments")
+            raise DataError(f"video {name}: more than {MAX_PACKETS} packets; cut it into segments", "too large")
     if not rows:
-        raise DataError(f"video {name}: holds no frames")
+        raise DamagedVideo(f"video {name}: holds no frames")
     if damaged or len(rows) < stream.frames:
-        raise DataError(
+        raise DamagedVideo(
             f"video {name}: is damaged or cut short: {len(rows) - damaged} of {stream.frames} packets can be read"
         )
     columns = list(zip(*rows))

@@ -10,8 +10,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from keye_data.errors import DataError
-
+from .container import Broken
 from .packets import PacketTable, demux
 
 SEEK_GAP = 1 << 18  # bytes: reading over fewer is cheaper than a seek
@@ -35,13 +34,13 @@ def read(
         for packet in packets:
             if at >= start:
                 if packet.pts is not None and packet.pts != table.pts[at]:
-                    raise DataError(f"packet {at} is not where the scan saw it")
+                    raise Broken(f"packet {at} is not where the scan saw it")
                 yield at, packet
             at += 1
             if at == stop:
                 break
         else:
-            raise DataError(f"the packets end at {at} of {stop}")
+            raise Broken(f"the packets end at {at} of {stop}")
         yield None
 
 
@@ -57,4 +56,4 @@ def _seek(
         rows = np.flatnonzero((table.pts == first.pts) & (table.size == first.size)) if first else np.empty(0, int)
         if first and len(rows) == 1 and rows[0] <= start:
             return itertools.chain([first], packets), int(rows[0])
-    raise DataError(f"cannot seek to packet {start}")
+    raise Broken(f"cannot seek to packet {start}")

@@ -11,10 +11,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from keye_data.errors import DataError
-
 from .api import Info
-from .container import Source, UnsupportedCodec, source_name
+from .container import DamagedVideo, Source, UnsupportedCodec, source_name
 from .frames import resize, turn
 from .packets import PacketTable
 from .trim import trim
@@ -66,7 +64,7 @@ def _decode(data: bytes, indices: list[int], device: str, name: str) -> np.ndarr
     except RuntimeError as error:
         cause = str(error.__cause__ or error).strip().splitlines()
         said = next((line for line in cause if "rror" in line and "[" not in line[:1]), cause[-1] if cause else "")
-        raise DataError(f"video {name}: dali cannot decode it ({said.strip()})") from error
+        raise DamagedVideo(f"video {name}: dali cannot decode it ({said.strip()})") from error
 
 
 @cache

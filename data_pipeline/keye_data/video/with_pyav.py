@@ -9,9 +9,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from keye_data.errors import DataError
-
-from .container import Source, check_size, opened, source_name
+from .container import Broken, Source, check_size, opened, source_name
 from .frames import orientation, resize, rgb, turn
 from .packets import PacketTable, demux
 from .reading import read
@@ -24,7 +22,7 @@ def decode(
     with opened(src) as (container, stream):
         for place, frame in wanted_frames(container, stream, table, wanted):
             if frame.is_corrupt:
-                raise DataError(f"video {source_name(src)}: frame {wanted[place]} is damaged")
+                raise Broken(f"frame {wanted[place]} is damaged")
             check_size(frame.width, frame.height, f"video {source_name(src)}")
             pixels = turn(rgb(frame), orientation(frame))[None]
             if size is None:  # what the first frame measures, should the stream change its size later
@@ -39,7 +37,7 @@ def decode(
 def wanted_frames(
     container: InputContainer, stream: VideoStream, table: PacketTable, wanted: np.ndarray
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(place in `wanted`, frame) for each; DataError naming a frame that the decoder does not give."""
+    """(place in `wanted`, frame) for each; Broken, naming a frame that the decoder does not give."""
     missing = set(range(len(wanted)))
     places: dict[int, int]
     if table.exact:
@@ -58,7 +56,7 @@ def wanted_frames(
             yield place, frame
             if not missing:
                 return
-    raise DataError(f"video {container.name or 'in memory'}: frame {wanted[min(missing)]} cannot be decoded")
+    raise Broken(f"frame {wanted[min(missing)]} cannot be decoded")
 
 
 def _runs_decoded(

@@ -7,7 +7,7 @@ import numpy as np
 from keye_data.errors import DataError
 
 from .api import Info
-from .container import Source, source_bytes, source_name
+from .container import DamagedVideo, Source, source_bytes, source_name
 from .frames import resize
 
 INSTALL = "install torchcodec for your torch (CPU builds: torchcodec==0.13.0 with --no-deps) and FFmpeg's libraries"
@@ -25,13 +25,13 @@ def decode(src: Source, info: Info, wanted: np.ndarray, size: tuple[int, int] | 
         # Only "exact" is right for a variable frame rate.
         decoder = VideoDecoder(source_bytes(src), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         if len(decoder) != info.n_frames:
-            raise DataError(
+            raise DamagedVideo(
                 f"video {source_name(src)}: torchcodec sees {len(decoder)} of {info.n_frames} frames; use pyav"
             )
         return np.concatenate([resize(decoder.get_frame_at(int(i)).data[None].numpy(), size) for i in wanted])
     except (RuntimeError, ValueError, IndexError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
+        raise DamagedVideo(
             f"video {source_name(src)}: torchcodec cannot decode it ({str(error).splitlines()[0]})"
         ) from error

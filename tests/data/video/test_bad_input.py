@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from keye_data import video
 from keye_data.errors import DataError
 
@@ -79,6 +80,19 @@ def test_out_of_range(index, backend, clip):
         video.decode(data, [0, index], backend)
     with pytest.raises(IndexError, match=f"{index} asked for"):
         video.trim(data, [0, index])
+
+
+def test_reasons_under_which_skipped_samples_are_counted(clip, tmp_path):
+    cases = {
+        "damaged video": lambda: video.probe(clip()[:2000]),
+        "unsupported codec": lambda: video.decode(clip(), [0], "dali", device="cpu"),
+        "missing media": lambda: video.probe(tmp_path / "nowhere.mp4"),
+        "too large": lambda: video.decode(clip(), [0], size=(20_000, 28)),
+    }
+    for reason, call in cases.items():
+        with pytest.raises(DataError) as error:
+            call()
+        assert error.value.reason == reason
 
 
 def test_no_indices(clip):

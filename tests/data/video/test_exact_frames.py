@@ -10,6 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+
 from keye_data import video
 
 B_FRAMES = {"bf": "3", "b_strategy": "0"}

@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from keye_data import video
 from keye_data.video.with_dali import from_601_to
-from PIL import Image
 
 COLOURS = np.array([[200, 60, 60], [60, 170, 60], [70, 70, 190], [150, 140, 60], [128, 128, 128], [60, 150, 150]])
 PATCHES = np.repeat(np.repeat(COLOURS.reshape(2, 3, 3), 32, axis=0), 32, axis=1).astype(np.uint8)  # [64, 96, 3]
