@@ -1,0 +1,41 @@
+# Everything here sets itself up: Python 3.11, a C++ compiler and a package registry are all it takes.
+# `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROFILE ?= full
+BIN = $(VENV)/bin
+export OMP_NUM_THREADS = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help install demo test checks bench clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/installed  ## the virtual environment with everything in it
+
+# torch first and pinned: anything else that wants torch then finds it, and brings no other build
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: install  ## real clips to a trained, exported mini Keye on two ranks; PROFILE=short for a quick look
+	$(BIN)/python tools/demo.py --profile $(PROFILE)
+
+test: install  ## every test that this machine can run (under 15 minutes)
+	$(BIN)/python -m pytest -q
+
+checks: install  ## style, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy megatron_keye kernels/keye_kernels data_pipeline/keye_data
+
+bench: install  ## CPU benchmarks; results in kernels/benchmarks/results
+	$(BIN)/python kernels/benchmarks/bench_cpu.py
+
+clean:  ## remove what the demo made
+	rm -rf demo runs
