@@ -11,9 +11,9 @@ from av import VideoFrame
 from av.video.stream import VideoStream
 
 from . import with_pyav
-from .container import DamagedVideo, Source, check_size, opened, refuse_cut_short, source_name
+from .container import DamagedVideo, Source, check_size, opened, source_name
 from .frames import UPRIGHT, Orientation, orientation
-from .packets import PacketTable, scan_open
+from .packets import PacketTable, scan
 
 BACKENDS = ("pyav", "dali", "torchcodec")
 
@@ -39,15 +39,12 @@ class Info:
 
 def probe(src: Source) -> Info:
     """Frame count, times, displayed size and codec. Reads every packet, decodes one frame. DataError when damaged."""
-    return _look(src)[1]
+    return _info(src, scan(src))
 
 
-def _look(src: Source) -> tuple[PacketTable, Info]:
+def _info(src: Source, table: PacketTable) -> Info:
     name = source_name(src)
-    refuse_cut_short(src)
     with opened(src) as (container, stream):
-        table = scan_open(container, stream, name)
-    with opened(src) as (container, stream):  # a fresh demuxer: not every format can be wound back
         if table.exact:
             pts = table.pts[table.frames]
             first = next((f for _, f in with_pyav.wanted_frames(container, stream, table, np.zeros(1, np.int64))), None)
@@ -59,7 +56,7 @@ def _look(src: Source) -> tuple[PacketTable, Info]:
     how = orientation(first)
     height, width = (first.width, first.height) if how[0] else (first.height, first.width)
     times = (pts - pts[0]).astype(np.float64) * float(table.time_base)
-    return table, Info(len(pts), times, width, height, table.codec, how, int(first.colorspace))
+    return Info(len(pts), times, width, height, table.codec, how, int(first.colorspace))
 
 
 def _frame_times(frames: Iterator[VideoFrame], stream: VideoStream) -> tuple[np.ndarray, VideoFrame | None]:
@@ -96,22 +93,25 @@ def decode(
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     if size is not None:
         check_size(size[1], size[0], "size=(height, width)")
-    table, info = _look(src)
     asked = np.array([operator.index(i) for i in indices], np.int64)
-    outside = asked[(asked < 0) | (asked >= info.n_frames)]
+    table = scan(src)
+    # The table alone is enough where it can be, so that no frame is decoded twice.
+    info = None if backend == "pyav" and table.exact and len(asked) else _info(src, table)
+    count = info.n_frames if info else len(table.frames)
+    outside = asked[(asked < 0) | (asked >= count)]
     if len(outside):
-        raise IndexError(f"video {source_name(src)}: frame {outside[0]} asked for, it has 0..{info.n_frames - 1}")
-    if not len(asked):
+        raise IndexError(f"video {source_name(src)}: frame {outside[0]} asked for, it has 0..{count - 1}")
+    if info and not len(asked):
         return np.empty((0, *(size or (info.height, info.width)), 3), np.uint8)
     wanted, where = np.unique(asked, return_inverse=True)
-    if backend == "dali":
+    if info is None or backend == "pyav":
+        frames = with_pyav.decode(src, table, wanted, size)
+    elif backend == "dali":
         from . import with_dali
 
         frames = with_dali.decode(src, table, info, wanted, size, device)
-    elif backend == "torchcodec":
+    else:
         from . import with_torchcodec
 
         frames = with_torchcodec.decode(src, info, wanted, size)
-    else:
-        frames = with_pyav.decode(src, table, wanted, size)
     return frames if len(wanted) == len(asked) and (np.diff(asked) > 0).all() else frames[where]
