@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,6 @@ def to_hf(
     folder: str | Path,
     experts: str | None = None,
     tokenizer: str | Path | Processor | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    progress: Callable[[Iterable[Named]], Iterable[Named]] = iter,
 ) -> None:
     """Write the model as a Hugging Face folder, which appears whole or not at all.
 
@@ -56,21 +53,32 @@ def to_hf(
     takes the model's own. tokenizer: a folder or file whose tokenizer goes along, with the preprocessor configurations.
     Raises UserError when `folder` is not empty or cannot be written.
     """
-    dtype = dtype or next(model.parameters()).dtype
-    experts = experts or ("fused" if model.cfg.vision_layers else "separate")
+    dtype = next(model.parameters()).dtype
+    write_folder(folder, model.cfg, exported(model), dtype, experts, tokenizer)
+
+
+def exported(model: KeyeModel) -> Iterator[Named]:
+    """Every tensor of the model by its canonical released name."""
+    for part in model.parts:
+        yield from released_tensors(part, model.cfg)
+
+
+def write_folder(
+    folder: str | Path,
+    cfg: ModelConfig,
+    tensors: Iterable[Named],
+    dtype: torch.dtype,
+    experts: str | None = None,
+    tokenizer: str | Path | Processor | None = None,
+) -> None:
+    """As `to_hf`, from tensors of `dtype` by canonical name, written as they come."""
+    experts = experts or ("fused" if cfg.vision_layers else "separate")
     processor = _processor(tokenizer)
     with publishing(folder) as draft:
-        write_tensors(draft, progress(exported(model, dtype)), experts)
-        write_config(model.cfg, draft, str(dtype).removeprefix("torch."))
+        write_tensors(draft, tensors, experts)
+        write_config(cfg, draft, str(dtype).removeprefix("torch."))
         if processor is not None:
             processor.save_pretrained(draft)
-
-
-def exported(model: KeyeModel, dtype: torch.dtype | None = None) -> Iterator[Named]:
-    """Every tensor of the model by its canonical released name, cast to `dtype`."""
-    for part in model.parts:
-        for name, tensor in released_tensors(part, model.cfg):
-            yield name, tensor.to(dtype or tensor.dtype)
 
 
 def _processor(tokenizer: str | Path | Processor | None) -> Processor | None:
