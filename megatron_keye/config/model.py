@@ -6,7 +6,8 @@ The figures of `keye_vl2_30b_a3b` are the released model's; they reproduce its p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_keye.config import schema
 from megatron_keye.errors import UserError
@@ -61,6 +62,21 @@ class ModelConfig:
     # ids that the model itself must know
     image_token_id: int = 151_655
     video_token_id: int = 151_656
+
+
+# What may differ between two phases of one model: how it attends and computes, not what it is.
+BEHAVIOUR = ("preset", "attention_mode", "topk", "indexer_fake_fp8", "deterministic_attention", "attention_backend",
+             "router_aux_loss_coeff", "init_std", "max_position_embeddings", "rope_theta")  # fmt: skip
+
+
+def check_same_model(where: object, saved: dict[str, Any], model: ModelConfig) -> None:
+    """`saved`: a ModelConfig's values, found at `where`. Raises UserError naming the first key that makes another model."""
+    for key, value in asdict(model).items():
+        if key not in BEHAVIOUR and key in saved and saved[key] != value:
+            raise UserError(
+                f"{where} holds another model: model.{key} is {saved[key]} there and {value} in this recipe; "
+                "use another run_dir or init_from, or set the model as it was"
+            )
 
 
 PRESETS: dict[str, dict[str, object]] = {

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from torch import nn
 
-from megatron_keye.config.model import ModelConfig
+from megatron_keye.config.model import ModelConfig, check_same_model
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.plan import Plan
 from megatron_keye.training.model_state import load_model_state, metadata, model_state
@@ -120,7 +120,7 @@ class Checkpointer:
         dist.barrier()
         share = sorted(draft.iterdir())[self.plan.rank :: self.plan.world_size]
         shares: list[dict] = [{}] * self.plan.world_size
-        dist.all_gather_object(shares, {f.name: _checksum(f) for f in share})
+        dist.all_gather_object(shares, {f.name: checksum(f) for f in share})
         if self.plan.rank == 0:
             everything = {name: sums for part in shares for name, sums in part.items()}
             (draft / "checksums.json").write_text(json.dumps(everything, indent=1))
@@ -138,9 +138,13 @@ class Checkpointer:
     def restore(self, folder: Path, engine: Engine) -> tuple[Progress, Any]:
         """Everything a run needs to go on -> (progress, loader state)."""
         verify(folder, self.plan.rank, self.plan.world_size)
-        check_same_model(folder, self.model)
+        check_same_model(folder, saved_model(folder), self.model)
         saved = json.loads((folder / "state.json").read_text())
         layout = saved.pop("layout")
+        if layout is None:
+            raise UserError(
+                f"{folder} holds imported weights and no state of a run; name it in training.init_from and use another run_dir"
+            )
         same_layout = layout == {**dataclasses.asdict(self.plan.config), "data": self.plan.data_size}
         for part in engine.optimizer.chained_optimizers:
             part._init_optimizer_states_with_dummy_values()
@@ -163,9 +167,14 @@ class Checkpointer:
 def load_weights(folder: Path, model: ModelConfig, language: list[nn.Module], tower: nn.Module, plan: Plan) -> None:
     """Weights alone, from any layout: the start of the next phase."""
     verify(folder, plan.rank, plan.world_size)
-    check_same_model(folder, model)
+    check_same_model(folder, saved_model(folder), model)
     loaded = dist_checkpointing.load(model_state(language, tower), str(folder))
     load_model_state(loaded, language, tower)
+
+
+def saved_model(folder: Path) -> dict[str, Any]:
+    """The configuration of the model in an iteration folder."""
+    return json.loads((folder / "model.json").read_text())
 
 
 def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -173,27 +182,12 @@ def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
     recorded = sorted(json.loads((folder / "checksums.json").read_text()).items())
     for name, sums in recorded[rank::world_size]:
         file = folder / name
-        if not file.is_file() or _checksum(file) != sums:
+        if not file.is_file() or checksum(file) != sums:
             state = "is missing" if not file.is_file() else "is damaged"
             raise UserError(f"{file} {state}; remove the folder, and the run goes on from the checkpoint before it")
 
 
-# What may differ between two phases of one model: how it attends and computes, not what it is.
-BEHAVIOUR = ("preset", "attention_mode", "topk", "indexer_fake_fp8", "deterministic_attention", "attention_backend",
-             "router_aux_loss_coeff", "init_std", "max_position_embeddings", "rope_theta")  # fmt: skip
-
-
-def check_same_model(folder: Path, model: ModelConfig) -> None:
-    saved = json.loads((folder / "model.json").read_text())
-    for key, value in dataclasses.asdict(model).items():
-        if key not in BEHAVIOUR and key in saved and saved[key] != value:
-            raise UserError(
-                f"{folder} holds another model: model.{key} is {saved[key]} there and {value} in this recipe; "
-                "use another run_dir or init_from, or set the model as it was"
-            )
-
-
-def _checksum(file: Path) -> list[int]:
+def checksum(file: Path) -> list[int]:
     crc = size = 0
     with file.open("rb") as stream:
         for block in _blocks(stream):

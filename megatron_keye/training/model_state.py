@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from torch import nn
 
 
@@ -26,17 +26,20 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def model_state(language: list[nn.Module], tower: nn.Module) -> dict[str, Any]:
-    """Sharded state of this rank's stages and of the tower, which every rank holds whole: rank 0 writes it."""
+def model_state(language: list[nn.Module], tower: nn.Module | None) -> dict[str, Any]:
+    """Sharded state of this rank's stages and of the tower, which every rank holds whole: rank 0 writes it.
+
+    tower None: a language model alone.
+    """
     names = ["model"] if len(language) == 1 else [f"model{i}" for i in range(len(language))]
     state = {
         name: stage.sharded_state_dict(prefix="language_model.", metadata=metadata())
         for name, stage in zip(names, language)
     }
-    visual = tower.sharded_state_dict(prefix="visual.", metadata=metadata())
-    for tensor in nested_values(visual):
-        if isinstance(tensor, ShardedTensor):
-            tensor.replica_id = (0, 0, dist.get_rank())
+    visual = {} if tower is None else tower.sharded_state_dict(prefix="visual.", metadata=metadata())
+    for item in nested_values(visual):
+        if isinstance(item, ShardedBase):  # the tensors, and the (empty) extra state beside them
+            item.replica_id = (0, 0, dist.get_rank())
     return {**state, "visual": visual}
 
 
