@@ -78,7 +78,16 @@ def write_folder(
         write_tensors(draft, tensors, experts)
         write_config(cfg, draft, str(dtype).removeprefix("torch."))
         if processor is not None:
-            processor.save_pretrained(draft)
+            _save(processor, draft)
+
+
+def _save(processor: Processor, folder: Path) -> None:
+    try:
+        processor.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # what the tokenizers library raises for a full disk has no narrower type
+        raise OSError(str(error)) from error
 
 
 def _processor(tokenizer: str | Path | Processor | None) -> Processor | None:
@@ -111,15 +120,11 @@ def _check(files: Checkpoint, cfg: ModelConfig, modules: Sequence[nn.Module]) ->
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
     extra = [name for name, is_used in zip(position, used.tolist()) if not is_used]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (missing[:1], len(missing), misshapen[:1], len(misshapen)))
-    problems = []
-    for what, faults, count in (
-        ("missing", [n for part in everyone for n in part[0]], max(part[1] for part in everyone)),
-        ("not part of the model", extra, len(extra)),
-        ("misshapen", [n for part in everyone for n in part[2]], max(part[3] for part in everyone)),
-    ):
-        if faults:
-            more = f" and {count - 1} more" if count > 1 else ""
-            problems.append(f"{faults[0]}{more}" if what == "misshapen" else f"{what}: {faults[0]}{more}")
-    if problems:
-        raise UserError(f"{files.folder}: " + "; ".join(problems))
+    dist.all_gather_object(everyone, (missing, misshapen))
+    faults = {
+        "missing": list(dict.fromkeys(name for part in everyone for name in part[0])),
+        "not part of this model": extra,
+        "of another shape": list(dict.fromkeys(text for part in everyone for text in part[1])),
+    }
+    if problems := [f"{len(found)} tensors {what} (first: {found[0]})" for what, found in faults.items() if found]:
+        raise UserError(f"{files.folder}: {'; '.join(problems)}")

@@ -39,18 +39,12 @@ class Checkpoint:
         self._where = self._locate()  # name in the files -> file
         self._views: dict[str, tuple[str, int, str]] = {}  # canonical name -> (name in the files, expert, part)
         for stored in self._where:
-            fused = FUSED.fullmatch(stored)
-            if fused is None:
-                self._views[stored] = (stored, -1, "")
-                continue
-            shape = self._slice(stored).get_shape()
-            if len(shape) != 3:
-                raise UserError(
-                    f"{self._where[stored]}: {stored} has shape {shape}; fused experts have three dimensions"
-                )
-            for expert in range(shape[0]):
-                for part in ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",):
-                    self._views[f"{fused[1]}{expert}.{part}.weight"] = (stored, expert, part)
+            for name, expert, part in self._names_of(stored):
+                if name in self._views:
+                    raise UserError(
+                        f"{self._where[stored]}: {stored} holds {name}, which {self._views[name][0]} does too"
+                    )
+                self._views[name] = (stored, expert, part)
 
     def names(self) -> list[str]:
         """Canonical names, in the order of the files."""
@@ -101,6 +95,17 @@ class Checkpoint:
         return first
 
     # ---- inside
+
+    def _names_of(self, stored: str) -> list[tuple[str, int, str]]:
+        """(canonical name, expert or -1, part) of what a tensor in the files holds."""
+        stack = FUSED.fullmatch(stored)
+        if stack is None:
+            return [(stored, -1, "")]
+        shape = self._slice(stored).get_shape()
+        if len(shape) != 3:
+            raise UserError(f"{self._where[stored]}: {stored} has shape {shape}; fused experts have three dimensions")
+        parts = ("gate_proj", "up_proj") if stack[2] == "gate_up_proj" else ("down_proj",)
+        return [(f"{stack[1]}{e}.{part}.weight", e, part) for e in range(shape[0]) for part in parts]
 
     def _find(self, name: str) -> tuple[str, int, str]:
         if name not in self._views:
@@ -240,7 +245,7 @@ def publishing(folder: str | Path) -> Iterator[Path]:
         os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{folder} could not be written ({error}); nothing was left behind: free space there"
+            f"{folder} could not be written ({error}); nothing was left behind; free space there or name another folder"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
