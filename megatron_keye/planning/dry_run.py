@@ -1,0 +1,204 @@
+"""The dry run: what a recipe comes to on so many ranks, without a GPU, without data, in one process.
+
+What is printed is what was computed; what was not is named (NOT_ESTIMATED), never implied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keye_data.sample import IGNORE, Batch
+from megatron_keye.config.layout import layout_errors
+from megatron_keye.config.model import ModelConfig
+from megatron_keye.config.model_values import model_errors
+from megatron_keye.config.recipe import Recipe
+from megatron_keye.errors import UserError
+from megatron_keye.planning.flops import step_flops
+from megatron_keye.planning.report import print_plan
+from megatron_keye.planning.stages import Held, Stage, build_stages
+
+PARTS = ("language model", "indexers", "vision encoder", "projector")
+NOT_ESTIMATED = [
+    "activations and their recomputation",
+    "communication, its volume and time",
+    "temporary buffers: logits, expert permutation, collectives, the allocator's slack",
+    "padding of Megatron's gradient and optimizer buffers",
+    "pictures and frames in the FLOPs of a step (how many there are depends on the data)",
+    "time of a step",
+]
+CONVENTION = (
+    "a multiply-add counts as two; backward twice the forward, whatever is frozen; recomputation not counted; "
+    "each row one document of full length, without pictures, every token but the last predicting the next"
+)
+
+
+def dry_run(recipe: Recipe, world_size: int, json_path: Path | None = None) -> dict[str, Any]:
+    """Print the plan of `recipe` on `world_size` ranks; the same content is returned and written to `json_path`.
+
+    Sizes are elements or bytes, per rank where under "stages". Raises UserError for an impossible layout, a model that
+    cannot be built, a process that already has process groups, or a file that cannot be written.
+    """
+    errors = model_errors(recipe.model) or layout_errors(recipe, world_size)
+    if errors:
+        raise UserError("\n".join(errors))
+    result = make_plan(recipe, world_size)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
+        print_plan(result)
+        if json_path is not None:
+            _write(result, json_path)
+    return result
+
+
+def make_plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    layout = _layout(recipe, world_size)
+    stages = build_stages(recipe)
+    return {
+        "recipe": _essentials(recipe, layout),
+        "layout": layout,
+        "parameters": _parameters(recipe, stages),
+        "stages": [_stage(stage, layout) for stage in stages],
+        "flops": _flops(recipe, world_size),
+        "not_estimated": NOT_ESTIMATED,
+    }
+
+
+def _essentials(recipe: Recipe, layout: dict[str, Any]) -> dict[str, Any]:
+    training, rows = recipe.training, recipe.training.global_batch_size
+    return {
+        "name": recipe.name,
+        "preset": recipe.model.preset,
+        "attention_mode": recipe.model.attention_mode,
+        "topk": recipe.model.topk if recipe.model.attention_mode == "sparse" else None,
+        "scope": training.scope,
+        "precision": training.precision,
+        "recompute": training.recompute,
+        "init_from": training.init_from,
+        "steps": training.steps,
+        "seq_length": recipe.data.seq_length,
+        "micro_batch_size": training.micro_batch_size,
+        "global_batch_size": rows,
+        "micro_batches_per_step": rows // (training.micro_batch_size * layout["data"]),
+        "tokens_per_step": rows * recipe.data.seq_length,
+    }
+
+
+def _layout(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    p = recipe.parallel
+    return {
+        "world_size": world_size,
+        "pipeline": p.pipeline,
+        "virtual_pipeline": p.virtual_pipeline,
+        "data": world_size // (p.pipeline * p.context * p.tensor),
+        "context": p.context,
+        "tensor": p.tensor,
+        "expert": p.expert,
+        "expert_tensor": p.expert_tensor,
+        "expert_data": world_size // (p.pipeline * p.expert * p.expert_tensor),
+    }
+
+
+def _parameters(recipe: Recipe, stages: list[Stage]) -> dict[str, Any]:
+    """Of the whole model: pieces times shards, stage by stage; the vision tower, whole on every rank, counts once."""
+    cfg = recipe.model
+    once = [h for stage in stages for h in stage.held if h.group != "vision" or stage is stages[0]]
+    whole = [replace(h, elements=h.elements * h.shards) for h in once]
+    experts = sum(h.elements for h in whole if h.group == "experts")
+    by_part = _by_part(whole)
+    idle_experts = experts // cfg.num_experts * (cfg.num_experts - cfg.experts_per_token)
+    indexers = by_part["indexers"] if cfg.attention_mode != "dense" else 0
+    return {
+        "by_part": by_part,
+        "total": sum(by_part.values()),
+        "trained": _by_part([h for h in whole if h.trained]),
+        # Of a text token: the chosen experts, both embeddings whole, indexers where they run; no vision.
+        "active_per_token": by_part["language model"] - idle_experts + indexers,
+    }
+
+
+def _stage(stage: Stage, layout: dict[str, Any]) -> dict[str, Any]:
+    trained = [h for h in stage.held if h.trained]
+    summing = {
+        "dense": layout["data"] * layout["context"],
+        "experts": layout["expert_data"],
+        "vision": layout["world_size"],
+    }
+    memory = {
+        "weights": sum(h.elements * h.element_size for h in stage.held),
+        "gradients": sum(4 * h.elements for h in trained),  # fp32, whole on every rank
+        "optimizer": sum(optimizer_bytes([h for h in trained if h.group == g], ranks) for g, ranks in summing.items()),
+    }
+    language = [h for h in stage.held if h.group != "vision"]
+    return {
+        "stage": stage.index,
+        "rank": stage.index * layout["world_size"] // layout["pipeline"],
+        "layers": [[chunk[0], chunk[-1]] for chunk in stage.layers],
+        "parameters": _by_part(stage.held),
+        "trained": _by_part(trained),
+        "language_parameters_of_all_ranks": sum(h.elements * h.shards for h in language),
+        "bytes": {**memory, "sum": sum(memory.values())},
+        "gradients_summed_over": summing,
+    }
+
+
+def optimizer_bytes(trained: list[Held], ranks: int) -> int:
+    """AdamW's two moments in fp32, and an fp32 master of weights kept in less, divided over `ranks` (the largest share)."""
+    total = sum(h.elements * (8 if h.element_size == 4 else 12) for h in trained)
+    return -(-total // ranks)
+
+
+def _by_part(held: list[Held]) -> dict[str, int]:
+    return {part: sum(h.elements for h in held if h.part == part) for part in PARTS}
+
+
+def _flops(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    cfg, rows = recipe.model, recipe.training.global_batch_size
+    row = full_row(recipe.data.seq_length)
+    dense = step_flops(replace(cfg, attention_mode="dense"), [row])
+    actual = step_flops(cfg, [row])
+    frame = recipe.data.video.max_frame_tokens
+    return {
+        "per_step": {"dense_equivalent": rows * dense, "actual": rows * actual},
+        "per_step_and_rank": {
+            "dense_equivalent": rows * dense / world_size,
+            "actual": rows * actual / world_size,
+        },
+        "largest_frame": {"tokens": frame, "flops": step_flops(cfg, [full_row(0, _grid(cfg, frame))])},
+        "convention": CONVENTION,
+    }
+
+
+def full_row(length: int, grid: torch.Tensor | None = None) -> Batch:
+    """One row that is one document of `length` tokens, and `grid` int64 [N, 2] pictures: what FLOPs are counted of."""
+    stop = torch.arange(1, length + 1, dtype=torch.int32)[None]
+    targets = torch.zeros(1, length, dtype=torch.int64)
+    targets[:, -1:] = IGNORE
+    return Batch(
+        input_ids=torch.zeros_like(targets),
+        targets=targets,
+        position_ids=torch.zeros(3, 1, length, dtype=torch.int64),
+        key_start=torch.zeros_like(stop),
+        key_stop=stop,
+        patches=torch.zeros(0, 3, 14, 14, dtype=torch.uint8),
+        grid=torch.zeros(0, 2, dtype=torch.int64) if grid is None else grid,
+    )
+
+
+def _grid(cfg: ModelConfig, tokens: int) -> torch.Tensor:
+    """A frame of `tokens` after the merge, one token high."""
+    return torch.tensor([[cfg.merge_size, cfg.merge_size * tokens]])
+
+
+def _write(result: dict[str, Any], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--json {path}: cannot be written ({error.strerror}); give a path in a writable folder"
+        ) from error

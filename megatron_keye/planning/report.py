@@ -1,0 +1,109 @@
+"""A plan on the terminal: four tables, and what they do not contain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+GIB = 2**30
+
+
+def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
+    """`plan` as planning/dry_run.py makes it, on stdout. A pipe or a file gets lines of 110 columns."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(file=console.file, highlight=False, width=110)
+    for table in (_essentials(plan), _parameters(plan), _stages(plan), _flops(plan)):
+        console.print(table)
+    console.print(f"FLOPs: {plan['flops']['convention']}.", markup=False)
+    console.print("Not yet estimated:", *(f"  - {what}" for what in plan["not_estimated"]), sep="\n", markup=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _essentials(plan: dict[str, Any]) -> Table:
+    recipe, layout = plan["recipe"], plan["layout"]
+    table = Table(title=f"Recipe {recipe['name']}", title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    attention = recipe["attention_mode"] + (f", top {recipe['topk']:,}" if recipe["topk"] else "")
+    chunks = f", {layout['virtual_pipeline']} interleaved chunks a stage" if layout["virtual_pipeline"] else ""
+    for name, value in (
+        ("model", f"{recipe['preset']}, attention {attention}"),
+        ("trains", f"{recipe['scope']}, {recipe['precision']}, recompute {recipe['recompute']}"),
+        ("starts from", recipe["init_from"] or "random weights"),
+        ("context", f"{recipe['seq_length']:,} tokens a row"),
+        (
+            "batch",
+            f"{recipe['global_batch_size']:,} rows = {recipe['tokens_per_step']:,} tokens a step, in "
+            f"{recipe['micro_batches_per_step']:,} micro-batches of {recipe['micro_batch_size']} on each data rank",
+        ),
+        ("steps", f"{recipe['steps']:,}"),
+        (
+            "layout",
+            f"{layout['world_size']:,} ranks = {layout['pipeline']} pipeline x {layout['data']:,} data x "
+            f"{layout['context']} context x {layout['tensor']} tensor{chunks}",
+        ),
+        (
+            "experts",
+            f"{layout['pipeline']} pipeline x {layout['expert_data']:,} expert-data x {layout['expert']} expert x "
+            f"{layout['expert_tensor']} expert-tensor",
+        ),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _parameters(plan: dict[str, Any]) -> Table:
+    counts = plan["parameters"]
+    table = _table("Parameters of the whole model", "part", "all", "trained")
+    for part, count in counts["by_part"].items():
+        table.add_row(part, f"{count:,}", f"{counts['trained'][part]:,}")
+    table.add_section()
+    table.add_row("total", f"{counts['total']:,}", f"{sum(counts['trained'].values()):,}")
+    table.add_row("active per text token", f"{counts['active_per_token']:,}", "")
+    return table
+
+
+def _stages(plan: dict[str, Any]) -> Table:
+    """One column a kind of size, one row a stage: a pipeline may have many stages."""
+    table = _table(
+        "One rank of each pipeline stage (GiB without activations; the vision tower is whole on every rank)",
+        "stage: layers",
+        "rank",
+        "parameters",
+        "trained",
+        "weights",
+        "gradients",
+        "optimizer",
+        "these three",
+    )
+    for stage in plan["stages"]:
+        layers = ", ".join(f"{first}-{last}" for first, last in stage["layers"])
+        sizes = stage["bytes"]
+        table.add_row(
+            f"{stage['stage']}: {layers}",
+            f"{stage['rank']:,}",
+            f"{sum(stage['parameters'].values()):,}",
+            f"{sum(stage['trained'].values()):,}",
+            *(f"{sizes[key] / GIB:.2f}" for key in ("weights", "gradients", "optimizer", "sum")),
+        )
+        for part, count in stage["parameters"].items():
+            table.add_row(f"   {part}", "", f"{count:,}", f"{stage['trained'][part]:,}", style="dim")
+    return table
+
+
+def _flops(plan: dict[str, Any]) -> Table:
+    flops = plan["flops"]
+    table = _table("FLOPs, forward and backward, full rows of text", "", "as if dense", "actual")
+    for name, key in (("a step", "per_step"), ("a step, per rank", "per_step_and_rank")):
+        table.add_row(name, f"{flops[key]['dense_equivalent']:.4e}", f"{flops[key]['actual']:.4e}")
+    frame = flops["largest_frame"]
+    table.add_row(f"each frame of {frame['tokens']} tokens, on top", "", f"{frame['flops']:.4e}")
+    return table

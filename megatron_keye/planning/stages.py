@@ -1,0 +1,104 @@
+"""What one rank of each pipeline stage holds: the trainer's own modules, built without memory in a fake process group.
+
+Shapes therefore come from the model and not from formulas about it. Data-parallel copies change no shape, so the fake
+world is the smallest that the layout fits into: the time taken does not grow with the world planned for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_keye.config.recipe import Recipe
+from megatron_keye.errors import UserError
+from megatron_keye.model.keye import VisionTower
+from megatron_keye.model.language import LanguageModel
+from megatron_keye.model.names import Link, links
+from megatron_keye.model.transformer_config import language_config, vision_config
+from megatron_keye.parallel import plan
+from megatron_keye.training.engine import DTYPES
+from megatron_keye.training.scope import apply_scope, part_of
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter as a rank holds it."""
+
+    part: str  # as in training/scope.py
+    group: str  # "dense" | "experts" | "vision": its gradients are summed over that group's ranks
+    elements: int  # on this rank
+    shards: (
+        int  # ranks that hold different pieces of the same kind: tensor parallelism and, for experts, the other experts
+    )
+    trained: bool
+    element_size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A rank of one pipeline stage."""
+
+    index: int
+    layers: list[list[int]]  # one run of layers for each interleaved chunk, counted from 0
+    held: list[Held]
+
+
+def build_stages(recipe: Recipe) -> list[Stage]:
+    """One rank of every stage. Raises UserError where process groups exist already or a stage cannot be built."""
+    if dist.is_initialized():
+        raise UserError("a dry run needs a process of its own: this one already has process groups; start a fresh one")
+    return [_build_in_fake_world(recipe, index) for index in range(recipe.parallel.pipeline)]
+
+
+def _build_in_fake_world(recipe: Recipe, index: int) -> Stage:
+    p = recipe.parallel
+    world = p.pipeline * lcm(p.tensor * p.context, p.expert * p.expert_tensor)
+    rank = index * (world // p.pipeline)  # the pipeline is the slowest axis: the stage's first rank
+    try:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        groups = plan.initialize(p)
+        # Fake tensors rather than the meta device: they also hold where Megatron asks for the current GPU by name.
+        with FakeTensorMode():
+            return _build(recipe, groups, index)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise UserError(
+            f"recipe {recipe.name}: Megatron-Core cannot build pipeline stage {index} of this layout ({reason}); "
+            "change the parallel or model section, or see --debug"
+        ) from error
+    finally:
+        plan.shut_down()
+
+
+def _build(recipe: Recipe, groups: plan.Plan, index: int) -> Stage:
+    cfg, p = recipe.model, recipe.parallel
+    dtype = DTYPES[recipe.training.precision]
+    config = language_config(cfg, p, dtype=dtype)
+    chunks = range(p.virtual_pipeline) if p.virtual_pipeline else [None]
+    language = [LanguageModel(config, vp_stage=chunk) for chunk in chunks]
+    tower = VisionTower(vision_config(cfg, dtype=dtype), groups.vision)
+    apply_scope(language, tower, recipe.training.scope)
+    held = []
+    for model in language:
+        for name, parameter, link in links(model, cfg):
+            group = "experts" if ".experts." in name else "dense"
+            part = part_of(f"language_model.{name}")
+            held.append(_held(parameter, part, group, _shards(link, group, recipe)))
+    for name, parameter in tower.named_parameters():
+        held.append(_held(parameter, part_of(f"visual.{name}"), "vision", 1))
+    return Stage(index, [[layer.layer_number - 1 for layer in model.decoder.layers] for model in language], held)
+
+
+def _held(parameter, part: str, group: str, shards: int) -> Held:
+    return Held(part, group, parameter.numel(), shards, parameter.requires_grad, parameter.element_size())
+
+
+def _shards(link: Link, group: str, recipe: Recipe) -> int:
+    p, is_cut = recipe.parallel, link.shard != "none"
+    if group == "experts":
+        return p.expert * (p.expert_tensor if is_cut else 1)
+    return p.tensor if is_cut else 1
