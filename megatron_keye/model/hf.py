@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from keye_data.processor import Processor
 from keye_data.settings import DataConfig
 from keye_data.tokenizer import load_tokenizer
-from megatron_keye.config.model import ModelConfig
+from megatron_keye.config.model import ModelConfig, check_same_model
 from megatron_keye.errors import UserError
 from megatron_keye.model.hf_config import read_config, write_config
 from megatron_keye.model.hf_files import Checkpoint, publishing, write_tensors
@@ -32,13 +33,14 @@ def from_hf(folder: str | Path, dtype: torch.dtype | None = None, **overrides: o
     cfg = read_config(folder, **overrides)
     files = Checkpoint(folder)
     model = KeyeModel(cfg, dtype or files.common_dtype())
-    _load(files, cfg, model.parts)
+    fill(files, cfg, model.parts)
     return model.eval()
 
 
 def load_hf(folder: str | Path, cfg: ModelConfig, language: Sequence[nn.Module], tower: nn.Module | None) -> None:
     """Fill the stages of this rank, in any layout; every rank calls it. The folder must hold the model of `cfg`."""
-    _load(Checkpoint(folder), cfg, [*language] if tower is None else [*language, tower])
+    check_same_model(folder, dataclasses.asdict(read_config(folder)), cfg)
+    fill(Checkpoint(folder), cfg, [*language] if tower is None else [*language, tower])
 
 
 def to_hf(
@@ -96,10 +98,16 @@ def _processor(tokenizer: str | Path | Processor | None) -> Processor | None:
     return Processor(load_tokenizer(tokenizer), DataConfig(tokenizer=str(tokenizer)))
 
 
-def _load(files: Checkpoint, cfg: ModelConfig, modules: Sequence[nn.Module]) -> None:
+def fill(
+    files: Checkpoint,
+    cfg: ModelConfig,
+    modules: Sequence[nn.Module],
+    read: Callable[[str], torch.Tensor] | None = None,
+) -> None:
+    """Fill this rank's modules; every rank calls it. `read` stands in for `files.get`, to watch the progress."""
     _check(files, cfg, modules)
     for module in modules:
-        load_released(module, cfg, files.get)
+        load_released(module, cfg, read or files.get)
 
 
 def _check(files: Checkpoint, cfg: ModelConfig, modules: Sequence[nn.Module]) -> None:
