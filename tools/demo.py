@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from megatron_keye.cli import run_cli
 from megatron_keye.errors import UserError
 
@@ -98,12 +100,13 @@ def run(command: list[str]) -> None:
 def kill_in_the_middle(command: list[str], run_dir: Path, steps: int) -> None:
     """Start the phase, and SIGKILL every rank once half of its steps are logged."""
     print(f"\n$ {shlex.join(shown(command))}    # will be killed half-way", flush=True)
-    process = subprocess.Popen(command, env=environment(), start_new_session=True)
+    process = subprocess.Popen(command, env=environment())
     while process.poll() is None and last_iteration(run_dir) < steps // 2 + 1:
         time.sleep(0.2)
     if process.poll() is not None:
         raise UserError(f"the command above ended by itself with exit code {process.returncode}, before half of its steps")
-    os.killpg(process.pid, signal.SIGKILL)
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.send_signal(signal.SIGKILL)
     process.wait()
     print(f"\nkilled at iteration {last_iteration(run_dir)}; the same command again:", flush=True)
 

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_keye.config.model import ModelConfig, check_same_model
 from megatron_keye.errors import UserError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from megatron_keye.training.engine import Engine
 
 LATEST = "latest_checkpointed_iteration.txt"
+FULL = 16 * 2**20  # bytes free below which a failed save is put down to the disk
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -90,8 +92,8 @@ class Checkpointer:
             state["schedule"] = engine.schedule.state_dict()
             dist_checkpointing.save(state, str(draft), content_metadata=None)
             self._save_beside(draft, progress, loader_state, recipe_yaml)
-        except Exception as error:  # told to every rank below: one rank must not leave the others waiting
-            problem = f"{type(error).__name__}: {_root_cause(error)}"
+        except (Exception, CheckpointException) as error:  # the latter is no Exception; told to every rank below
+            problem = self._reason(error)
         problems: list[str | None] = [None] * self.plan.world_size
         dist.all_gather_object(problems, problem)
         if any(problems):
@@ -100,11 +102,21 @@ class Checkpointer:
             reason = next(p for p in problems if p)
             kept = newest(self.root)
             raise UserError(
-                f"{folder}: the checkpoint could not be written ({reason}); free space there and start again: "
+                f"{folder}: the checkpoint could not be written ({reason}); put that right and start again: "
                 + (f"the run will go on from {kept.name}" if kept else "no earlier checkpoint exists")
             )
         self._publish(draft, folder)
         return folder
+
+    def _reason(self, error: BaseException) -> str:
+        """torch's writers report a full disk in words of their own, so the disk is asked."""
+        free = shutil.disk_usage(self.root.parent).free
+        if free < FULL:
+            return f"disk full: {free:,} bytes free"
+        root = error
+        while (cause := root.__cause__ or root.__context__) is not None:
+            root = cause
+        return f"{type(root).__name__}: {' '.join(str(root).split())[-300:]}"
 
     def _save_beside(self, draft: Path, progress: Progress, loader_state: Any, recipe_yaml: str) -> None:
         torch.save(_random_states(), draft / f"rng_{self.plan.rank:05d}.pt")
@@ -198,12 +210,6 @@ def checksum(file: Path) -> list[int]:
 def _blocks(stream, length: int = 1 << 22) -> Iterator[bytes]:
     while block := stream.read(length):
         yield block
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error
 
 
 def _random_states() -> dict[str, Any]:

@@ -65,7 +65,7 @@ class RunLog:
         if self.recipe.logging.plot:
             plot_losses(self.path, self.picture)
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def step_line(m: dict[str, Any], steps: int) -> str:

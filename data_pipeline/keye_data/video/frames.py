@@ -48,6 +48,6 @@ def resize(pixels: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     """uint8 [F, H, W, 3] -> uint8 [F, *size, 3], bicubic with antialias; size (height, width), None keeps it."""
     if size is None or pixels.shape[1:3] == tuple(size):
         return np.ascontiguousarray(pixels)
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+    tensor = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(0, 3, 1, 2)
     tensor = torch.nn.functional.interpolate(tensor, size=tuple(size), mode="bicubic", antialias=True)
     return tensor.permute(0, 2, 3, 1).contiguous().numpy()
