@@ -104,7 +104,9 @@ def kill_in_the_middle(command: list[str], run_dir: Path, steps: int) -> None:
     while process.poll() is None and last_iteration(run_dir) < steps // 2 + 1:
         time.sleep(0.2)
     if process.poll() is not None:
-        raise UserError(f"the command above ended by itself with exit code {process.returncode}, before half of its steps")
+        raise UserError(
+            f"the command above ended by itself with exit code {process.returncode}, before half of its steps"
+        )
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.send_signal(signal.SIGKILL)
     process.wait()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class BlockFeed:
                 problem = error
         if self.plan.block.size() > 1:
             patches = [b.patches for b in taken]
-            outline = [problem, [replace(b, patches=torch.empty(0)) for b in taken], [len(p) for p in patches]]
+            outline: list[Any] = [problem, [replace(b, patches=torch.empty(0)) for b in taken], [len(p) for p in patches]]
             dist.broadcast_object_list(outline, src=self.plan.block_source, group=self.plan.block)
             problem, taken, lengths = outline
             if problem is None:
@@ -46,7 +47,7 @@ class BlockFeed:
     def _share_patches(self, batches: list[Batch], patches: list[torch.Tensor], lengths: list[int]) -> list[Batch]:
         pixels = torch.empty(sum(lengths), 3, 14, 14, dtype=torch.uint8, device=self.device)
         if self.batches is not None:
-            torch.cat(patches, out=pixels) if patches[0].device == pixels.device else pixels.copy_(torch.cat(patches))
+            pixels.copy_(torch.cat(patches))
         dist.broadcast(pixels, src=self.plan.block_source, group=self.plan.block)
         return [replace(b, patches=part) for b, part in zip(batches, pixels.split(lengths))]
 
@@ -54,6 +55,7 @@ class BlockFeed:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Everything but the grid, which the host plans with."""
     moved = {
-        n: getattr(batch, n).to(device) for n in ["input_ids", "targets", "position_ids", "key_start", "key_stop", "patches"]
+        n: getattr(batch, n).to(device)
+        for n in ["input_ids", "targets", "position_ids", "key_start", "key_stop", "patches"]
     }
     return replace(batch, **moved)

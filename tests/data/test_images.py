@@ -6,9 +6,10 @@ import io
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from keye_data.errors import DataError
 from keye_data.images import decode_image
-from PIL import Image
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 40, 3)).astype(np.uint8)
 

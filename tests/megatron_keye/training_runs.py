@@ -11,7 +11,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def command(run_dir: Path, shards: Path, tiktoken: Path, *overrides: str, ranks: int = 1, recipe: str = "stage1") -> list[str]:
+def command(
+    run_dir: Path, shards: Path, tiktoken: Path, *overrides: str, ranks: int = 1, recipe: str = "stage1"
+) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [
         sys.executable,

@@ -49,7 +49,12 @@ def test_answers_held_out_clips_and_fails_blindfolded(qwen_tiktoken: Path, tmp_p
             *("profile=mini", "training.init_from=null", f"run_dir={tmp_path / 'run'}", "training.steps=110"),
             *(f"data.tokenizer={qwen_tiktoken}", f"data.sources=[{{path: {tmp_path / 'shards'}, weight: 1.0}}]"),
             *("data.seq_length=512", "data.workers=0", "logging.wandb=off", "logging.interval=20"),
-            *("optimizer.schedule=constant", "optimizer.lr=2e-3", "optimizer.warmup_steps=10", "optimizer.decay_steps=null"),
+            *(
+                "optimizer.schedule=constant",
+                "optimizer.lr=2e-3",
+                "optimizer.warmup_steps=10",
+                "optimizer.decay_steps=null",
+            ),
         ],
     )
     plan.shut_down()
@@ -73,5 +78,3 @@ def test_answers_held_out_clips_and_fails_blindfolded(qwen_tiktoken: Path, tmp_p
     assert best_constant < 0.3
     assert seeing > 0.75, (seeing, blind)
     assert blind < best_constant + 0.12, (seeing, blind)
-
-

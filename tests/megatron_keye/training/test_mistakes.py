@@ -129,5 +129,3 @@ def test_broken_samples_are_skipped_counted_and_named(qwen_tiktoken: Path, tmp_p
     assert text.count("skipped,") >= 4, text
     assert "train-0-000005" in text or "000005" in text
     shutil.rmtree(tmp_path / "run")
-
-

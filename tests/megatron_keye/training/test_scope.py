@@ -27,15 +27,19 @@ def train(scope: str, mode: str) -> tuple[list[str], list[str], int, int]:
     changed = {n for n, p in named if not torch.equal(before[n], p)}
     frozen_changed = [n for n in changed if not is_trained(n, scope)]
     trained_unchanged = [n for n, _ in named if is_trained(n, scope) and n not in changed]
-    states = sum(
-        s["exp_avg"].numel() for o in engine.optimizer.chained_optimizers for s in o.optimizer.state.values()
-    )
+    states = sum(s["exp_avg"].numel() for o in engine.optimizer.chained_optimizers for s in o.optimizer.state.values())
     return frozen_changed, trained_unchanged, states, sum(p.numel() for n, p in named if is_trained(n, scope))
 
 
 @pytest.mark.parametrize(
     ("scope", "mode"),
-    [("projector", "dense"), ("all_but_indexers", "dense"), ("indexers", "warmup"), ("indexers", "sparse"), ("all", "sparse")],
+    [
+        ("projector", "dense"),
+        ("all_but_indexers", "dense"),
+        ("indexers", "warmup"),
+        ("indexers", "sparse"),
+        ("all", "sparse"),
+    ],
 )
 def test_scope_is_kept(scope: str, mode: str):
     frozen_changed, trained_unchanged, states, trained = launch(train, 1, scope, mode)[0]
