@@ -61,20 +61,26 @@ def import_hf(hf: Path, out: Path, dtype: torch.dtype | None = None, progress: P
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        dist_checkpointing.save(model_state([model.language_model], model.visual), str(draft), content_metadata=None)
-        state = {**dataclasses.asdict(checkpoint.Progress()), "layout": None}  # no layout: no run wrote it
-        (draft / "state.json").write_text(json.dumps(state, indent=1))
-        (draft / "model.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        sums = {file.name: checkpoint.checksum(file) for file in sorted(draft.iterdir())}
-        (draft / "checksums.json").write_text(json.dumps(sums, indent=1))
+        _write_weights(model, draft)
         os.replace(draft, folder)
         (out / checkpoint.LATEST).write_text("0")
     except (OSError, CheckpointException) as error:
-        reason = " ".join(str(error).split())[-300:]
+        reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder} could not be written ({reason}); make room there and start again") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
     return folder
+
+
+def _write_weights(model: KeyeModel, draft: Path) -> None:
+    dist_checkpointing.save(model_state([model.language_model], model.visual), str(draft), content_metadata=None)
+    state = {**dataclasses.asdict(checkpoint.Progress()), "layout": None}  # no layout: no run wrote it
+    (draft / "state.json").write_text(json.dumps(state, indent=1))
+    (draft / "model.json").write_text(json.dumps(dataclasses.asdict(model.cfg), indent=1))
+    sums = {file.name: checkpoint.checksum(file) for file in sorted(draft.iterdir())}
+    (draft / "checksums.json").write_text(json.dumps(sums, indent=1))
 
 
 def export(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_keye.cli import run_cli
 from megatron_keye.conversion.commands import export, import_hf, verify
 from megatron_keye.conversion.stored import Stored, locate
 from megatron_keye.errors import UserError
@@ -23,6 +25,7 @@ from tests.parallel.launch import launch
 from tests.parallel.trained import load, recipe_for, train_and_save, whole_tensors
 from tools.convert import main
 
+TOOL = Path(__file__).parents[2] / "tools" / "convert.py"
 RUNS = {"tensor2-bf16": ({"tensor": 2, "expert_tensor": 2}, "bf16"), "expert2-fp32": ({"expert": 2}, "fp32")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -219,10 +222,25 @@ def test_processor_files_come_from_the_run_or_are_said_to_be_missing(bf16_run, q
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
-def test_a_mistake_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        run_cli(main, ["import", "--hf", str(tmp_path / "nowhere"), "--out", str(tmp_path / "ckpt")])
-    assert left.value.code == 1
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "nowhere" in line
+def convert(*arguments: object, shell_limit: str = "true") -> subprocess.CompletedProcess:
+    """The tool as a process of its own."""
+    command = shlex.join([sys.executable, str(TOOL), *map(str, arguments)])
+    return subprocess.run(["bash", "-c", f"{shell_limit}; exec {command}"], capture_output=True, text=True, check=False)
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    done = convert("import", "--hf", tmp_path / "nowhere", "--out", tmp_path / "ckpt")
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: ") and "nowhere" in line
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_failed_write_leaves_nothing(exported_run, tmp_path):
+    hf, ckpt = exported_run
+    limit = "ulimit -f 200"  # KiB: no file may grow larger, as on a disk that is full
+    imported = convert("import", "--hf", hf, "--out", tmp_path / "ckpt", shell_limit=limit)
+    exported = convert("export", "--ckpt", ckpt, "--out", tmp_path / "hf", shell_limit=limit)
+    for done in (imported, exported):
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "could not be written" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
