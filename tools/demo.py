@@ -37,7 +37,7 @@ class Profile:
     sparse: int
 
 
-PROFILES = {"full": Profile(40, 80, 20, 20), "short": Profile(4, 8, 4, 4)}
+PROFILES = {"full": Profile(24, 48, 12, 12), "short": Profile(4, 8, 4, 4)}
 
 
 def main(argv: list[str]) -> None:

@@ -75,8 +75,11 @@ class KeyeModel(nn.Module):
                 position_ids = torch.arange(T, device=input_ids.device).expand(3, B, T)
         else:
             grid = _two_columns(grid_thw, input_ids.device)
-            visual = self.visual(pixel_values, grid) if pixel_values is not None else None
             self._check_counts(input_ids, grid)
+            if len(grid):
+                if pixel_values is None:
+                    raise UserError("grid_thw describes pictures, but there are no pixel_values")
+                visual = self.visual(pixel_values, grid)
             if position_ids is None:
                 position_ids = self._positions(input_ids, grid)
         stop = torch.arange(1, T + 1, dtype=torch.int32, device=input_ids.device).expand(B, T)
@@ -94,14 +97,12 @@ class KeyeModel(nn.Module):
 
     def _positions(self, input_ids: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """Row by row; the pictures are dealt out to the rows in order."""
-        per_frame = merged_tokens(grid, self.cfg.merge_size).cpu().numpy()
-        is_visual = visual_mask(input_ids, self.cfg.image_token_id, self.cfg.video_token_id).cpu().numpy()
-        grids = np.concatenate([np.ones((len(per_frame), 1), dtype=np.int64), grid.cpu().numpy()], axis=1)
+        ends = merged_tokens(grid, self.cfg.merge_size).cumsum(0).cpu().numpy()  # tokens up to and with each picture
+        is_visual = visual_mask(input_ids, self.cfg.image_token_id, self.cfg.video_token_id)
+        row_ends = is_visual.sum(1).cumsum(0).cpu().numpy()
         rows, first = [], 0
-        for ids, visual in zip(input_ids.cpu().numpy(), is_visual):
-            last = first + int(np.searchsorted(per_frame[first:].cumsum(), visual.sum(), side="left") + 1)
-            last = first if not visual.any() else last
-            rows.append(mrope_positions(ids, grids[first:last], self.cfg.image_token_id, self.cfg.video_token_id))
+        for ids, last in zip(input_ids.cpu().numpy(), np.searchsorted(ends, row_ends, side="right")):
+            rows.append(mrope_positions(ids, grid[first:last], self.cfg.image_token_id, self.cfg.video_token_id))
             first = last
         return torch.as_tensor(np.stack(rows, axis=1), device=input_ids.device)
 

@@ -32,7 +32,9 @@ def random_sample(cfg: ModelConfig, length: int, pictures: int, rng: np.random.G
     return EncodedSample("synthetic", "synthetic", ids, labels, positions), grids
 
 
-def step_batches(cfg: ModelConfig, plan: Plan, step: int, *, rows=8, seq_length=64, micro_batch=2) -> list[Batch]:
+def step_batches(
+    cfg: ModelConfig, plan: Plan, step: int, *, rows=8, seq_length=64, micro_batch=2, most_pictures=2
+) -> list[Batch]:
     """This block's micro-batches of global step `step`: rows are dealt to data ranks in order."""
     rng = np.random.default_rng(step)
     packed = []
@@ -42,7 +44,7 @@ def step_batches(cfg: ModelConfig, plan: Plan, step: int, *, rows=8, seq_length=
             length = int(rng.integers(8, seq_length // 2))
             if used + length > seq_length - 3:
                 break
-            sample, its_grids = random_sample(cfg, length, int(rng.integers(0, 3)), rng)
+            sample, its_grids = random_sample(cfg, length, int(rng.integers(0, most_pictures + 1)), rng)
             samples.append(sample)
             grids += its_grids
             used += length

@@ -141,3 +141,38 @@ def test_selections_are_the_same_on_every_tensor_rank_and_context_shard():
     quarters = rows.split(16, dim=1)
     assert torch.equal(torch.cat([quarters[0], quarters[3]], 1).flatten(0, 1), shards[0])
     assert torch.equal(torch.cat([quarters[1], quarters[2]], 1).flatten(0, 1), shards[1])
+
+
+def train_on_text(layout: dict) -> list[float]:
+    recipe = recipe_for("sparse", "all", layout)
+    engine = Engine(recipe, groups := plan.initialize(recipe.parallel))
+    results = []
+    for step, pictures in enumerate((0, 2, 0)):
+        results.append(engine.step(step_batches(recipe.model, groups, step, most_pictures=pictures)).lm_loss)
+        engine.schedule.step(increment=1)
+    return results
+
+
+def test_steps_without_a_picture_make_the_same_calls():
+    one = launch(train_on_text, 1, {})[0]
+    for layout in ({"context": 2}, {"pipeline": 2}):
+        assert launch(train_on_text, 2, layout)[0] == pytest.approx(one, rel=1e-5)
+
+
+def train_in_bf16() -> list[float]:
+    recipe = recipe_for("sparse", "all", {"tensor": 2, "expert": 2})
+    recipe.training.precision = "bf16"
+    recipe.optimizer.lr = 3e-3
+    engine = Engine(recipe, groups := plan.initialize(recipe.parallel))
+    results = []
+    for _ in range(6):
+        results.append(engine.step(step_batches(recipe.model, groups, 0)).lm_loss)  # the same rows: they can be learnt
+        engine.schedule.step(increment=1)
+    return results
+
+
+def test_bf16_trains_and_starts_where_fp32_does():
+    """bf16 has 8 bits of mantissa: the first loss agrees to 1e-3, and the rows of the step are being learnt."""
+    losses = launch(train_in_bf16, 2)[0]
+    assert losses[0] == pytest.approx(reference("sparse")[0]["lm"], rel=1e-3)
+    assert losses[-1] < losses[0] - 0.1
