@@ -30,7 +30,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Every number is at least 1, save these, which may be 0 or any fraction above it ...
 AT_LEAST_ZERO = (
     "model.router_aux_loss_coeff",
-    "data.packing_buffer",
     "data.shuffle_buffer",
     "data.workers",
     "training.seed",

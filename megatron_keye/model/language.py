@@ -27,6 +27,7 @@ from megatron_keye.model.backend import backend
 from megatron_keye.model.indexer import Indexer
 from megatron_keye.model.names import links
 from megatron_keye.model.positions import rotary_angles
+from megatron_keye.model.router import RowRouter
 from megatron_keye.model.transformer_config import KeyeTransformerConfig
 
 
@@ -47,6 +48,10 @@ def decoder_spec(config: KeyeTransformerConfig, vp_stage: int | None = None) -> 
             indexer=Indexer,
         ),
     )
+    mlp = get_moe_module_spec_for_backend(
+        backend=parts, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    mlp.submodules.router = RowRouter
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -54,9 +59,7 @@ def decoder_spec(config: KeyeTransformerConfig, vp_stage: int | None = None) -> 
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_moe_module_spec_for_backend(
-                backend=parts, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -91,9 +91,8 @@ class VisionEncoder(MegatronModule):
         weight = self.patch_embedding.weight
         x = F.linear(patches.flatten(1).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
         x = x + self.positions(grid).to(x.dtype)
-        x = self.encoder(
-            hidden_states=x[:, None], attention_mask=grid.prod(-1), rotary_pos_emb=self.rotary(grid)[:, None, None]
-        )
+        angles = self.rotary(grid).to(x.device)[:, None, None]  # the host plans with the grid, and may hold it
+        x = self.encoder(hidden_states=x[:, None], attention_mask=grid.prod(-1), rotary_pos_emb=angles)
         return x[:, 0]
 
     def positions(self, grid: torch.Tensor) -> torch.Tensor:

@@ -98,8 +98,9 @@ def initialize(config: ParallelConfig, seed: int = 1234, timeout_minutes: float 
             create_gloo_process_groups=False,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    block, block_ranks = _block_group(config)
-    return Plan(config, block, block_ranks, _vision_groups())
+    timeout = timedelta(minutes=timeout_minutes)
+    block, block_ranks = _block_group(config, timeout)
+    return Plan(config, block, block_ranks, _vision_groups(timeout))
 
 
 def single_process() -> None:
@@ -129,25 +130,25 @@ def _init_process_group(timeout_minutes: float) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
-def _block_group(config: ParallelConfig) -> tuple[dist.ProcessGroup, list[int]]:
+def _block_group(config: ParallelConfig, timeout: timedelta) -> tuple[dist.ProcessGroup, list[int]]:
     inner = config.tensor * config.context
     data = dist.get_world_size() // (inner * config.pipeline)
     mine = None
     for d in range(data):
         ranks = [i + inner * (d + data * p) for p in range(config.pipeline) for i in range(inner)]
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout)
         if dist.get_rank() in ranks:
             mine = group, ranks
     assert mine is not None
     return mine
 
 
-def _vision_groups() -> ProcessGroupCollection:
+def _vision_groups(timeout: timedelta) -> ProcessGroupCollection:
     """Groups under which every rank holds the whole module and gradients are summed over the world."""
-    world = dist.new_group(list(range(dist.get_world_size())))
+    world = dist.new_group(list(range(dist.get_world_size())), timeout)
     alone = None
     for rank in range(dist.get_world_size()):
-        group = dist.new_group([rank])
+        group = dist.new_group([rank], timeout)
         if rank == dist.get_rank():
             alone = group
     groups = ProcessGroupCollection()

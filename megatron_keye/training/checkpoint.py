@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from megatron_keye.training.engine import Engine
 
 LATEST = "latest_checkpointed_iteration.txt"
+# Of an optimizer's groups: what the recipe says now, not what it said when the checkpoint was written.
+RECIPE_KEYS = ("max_lr", "min_lr", "betas", "eps", "wd_mult")
 FULL = 16 * 2**20  # bytes free below which a failed save is put down to the disk
 
 
@@ -81,11 +83,13 @@ class Checkpointer:
         folder = iteration_folder(self.root, progress.iteration)
         draft = self.root / f".{folder.name}.draft"
         problem = None
-        try:
-            if self.plan.rank == 0:
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True)
-            dist.barrier()
+        self._together(folder, draft, lambda: self._make(draft))
+        self._together(folder, draft, lambda: self._write(draft, progress, engine, loader_state, recipe_yaml))
+        self._together(folder, draft, lambda: self._sum_up(draft))
+        self._together(folder, draft, lambda: self._publish(draft, folder))
+        return folder
+
+@@
             weights = model_state(engine.language, engine.tower)
             state = dict(weights)
             state["optimizer"] = engine.optimizer.sharded_state_dict(weights, metadata=metadata())
@@ -164,9 +168,12 @@ class Checkpointer:
         state = dict(weights)
         state["optimizer"] = engine.optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata())
         state["schedule"] = {}
+        ours = [{key: group[key] for key in RECIPE_KEYS if key in group} for group in engine.optimizer.param_groups]
         loaded = dist_checkpointing.load(state, str(folder))
         load_model_state(loaded, engine.language, engine.tower)
         engine.optimizer.load_state_dict(loaded["optimizer"])
+        for group, values in zip(engine.optimizer.param_groups, ours, strict=True):
+            group.update(values)
         engine.schedule.load_state_dict(loaded["schedule"])
         if same_layout:
             _set_random_states(torch.load(folder / f"rng_{self.plan.rank:05d}.pt", weights_only=True))

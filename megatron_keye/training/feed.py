@@ -35,7 +35,11 @@ class BlockFeed:
                 problem = error
         if self.plan.block.size() > 1:
             patches = [b.patches for b in taken]
-            outline: list[Any] = [problem, [replace(b, patches=torch.empty(0)) for b in taken], [len(p) for p in patches]]
+            outline: list[Any] = [
+                problem,
+                [replace(b, patches=torch.empty(0)) for b in taken],
+                [len(p) for p in patches],
+            ]
             dist.broadcast_object_list(outline, src=self.plan.block_source, group=self.plan.block)
             problem, taken, lengths = outline
             if problem is None:

@@ -6,6 +6,7 @@ The last rank of the first data block logs (it holds the loss); all others are s
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -53,7 +54,7 @@ class RunLog:
         if not self.active:
             return
         with self.path.open("a") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+            stream.write(json.dumps({k: _finite(v) for k, v in metrics.items()}, allow_nan=False) + "\n")
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=metrics["iteration"])
         if metrics["iteration"] % self.recipe.logging.interval == 0:
@@ -97,14 +98,19 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     names = [n for n in ("lm loss", "indexer loss") if any(n in r for r in rows)]
     figure, axes = pyplot.subplots(len(names), 1, figsize=(7, 3 * len(names)), sharex=True, squeeze=False)
     for axis, name in zip(axes[:, 0], names):
-        points = [(r["iteration"], r[name]) for r in rows if name in r]
-        axis.plot(*zip(*points))
+        points = [(r["iteration"], r[name]) for r in rows if r.get(name) is not None]
+        axis.plot([x for x, _ in points], [y for _, y in points])
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("iteration")
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _iteration_of(line: str) -> int:

@@ -68,7 +68,7 @@ class TrainStep:
             self.vision_ddp.finish_grad_sync()
             self.vision_ddp.scale_gradients(1.0 / tokens)
         lm_loss = self._sum_over_step(losses) / max(predicted, 1)
-        extra = self._other_losses(len(batches), tokens)
+        extra = self._other_losses(sum(len(b.input_ids) for b in batches), tokens)
         finite, grad_norm = self._update(lm_loss)
         return StepResult(lm_loss, grad_norm, finite, tokens, predicted, extra)
 
@@ -120,8 +120,8 @@ class TrainStep:
         dist.broadcast(value, src=last, group=ps.get_pipeline_model_parallel_group())
         return float(value)
 
-    def _other_losses(self, micro_batches: int, tokens: int) -> dict[str, float]:
-        """Means over layers: the indexers' KL a token, and the router's balance loss."""
+    def _other_losses(self, rows: int, tokens: int) -> dict[str, float]:
+        """Means over layers: the indexers' KL a token, and the router's balance loss a row (`rows` of this block)."""
         extra = {}
         layers = self.config.num_layers
         if self.config.indexer_loss_weight:
@@ -138,7 +138,7 @@ class TrainStep:
             moe_utils.reduce_aux_losses_tracker_across_ranks()
             tracker = moe_utils.get_moe_layer_wise_logging_tracker()
             values = [float(entry["values"].sum()) for entry in tracker.values()]
-            extra["load_balancing_loss"] = sum(values) / (layers * micro_batches)
+            extra["load_balancing_loss"] = sum(values) / (layers * rows)
             moe_utils.clear_aux_losses_tracker()
         return extra
 

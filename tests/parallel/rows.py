@@ -57,7 +57,10 @@ def to_batch(packed: list, seq_length: int) -> Batch:
     rows = collate([samples for samples, _, _ in packed], seq_length, pad_id=0)
     grids = [g[1:] for _, its_grids, _ in packed for g in its_grids]
     return Batch(
-        **{n: torch.from_numpy(getattr(rows, n)) for n in ["input_ids", "targets", "position_ids", "key_start", "key_stop"]},
+        **{
+            n: torch.from_numpy(getattr(rows, n))
+            for n in ["input_ids", "targets", "position_ids", "key_start", "key_stop"]
+        },
         patches=torch.from_numpy(np.concatenate([p for _, _, p in packed]).astype(np.uint8)),
         grid=torch.tensor(grids, dtype=torch.int64).reshape(-1, 2),
     )
