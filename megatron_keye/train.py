@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_keye.cli import run_cli
 from megatron_keye.config.load import load_recipe, save_resolved
 from megatron_keye.config.validate import validate
+from megatron_keye.errors import UserError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -25,7 +26,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--world-size", type=int, help="for --dry-run: how many ranks to plan for")
     parser.add_argument("--json", type=Path, help="for --dry-run: write the plan there too")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    for option, value in (("--world-size", args.world_size), ("--json", args.json)):
+        if value is not None and not args.dry_run:
+            raise UserError(f"{option} belongs to --dry-run; a run takes its ranks from torchrun and writes to run_dir")
+    if args.world_size is not None and args.world_size < 1:
+        raise UserError(f"--world-size {args.world_size} must be 1 or more")
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -46,9 +53,9 @@ def main(argv: list[str]) -> int:
     from megatron_keye.training.trainer import Trainer
 
     groups = plan.initialize(recipe.parallel, recipe.training.seed, recipe.training.collective_timeout_minutes)
-    if first:
-        save_resolved(recipe, Path(recipe.run_dir) / "resolved.yaml")
     trainer = Trainer(recipe, groups)
+    if first:  # not before it is known that what stands in run_dir is of this model
+        save_resolved(recipe, Path(recipe.run_dir) / "resolved.yaml")
     trainer.run()
     trainer.close()
     plan.shut_down()

@@ -49,9 +49,12 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 
 def save_resolved(recipe: Recipe, path: str | Path) -> None:
-    """`recipe_yaml` into a file, whose folder is made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(recipe_yaml(recipe), encoding="utf-8")
+    """`recipe_yaml` into a file, whose folder is made. Raises UserError where it cannot be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(recipe_yaml(recipe), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another run_dir or make room") from error
 
 
 def merge(base: Any, top: Any) -> Any:

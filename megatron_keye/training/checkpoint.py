@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,36 +81,52 @@ class Checkpointer:
     ) -> Path:
         """Write everything under a temporary name, then rename. A failure leaves earlier checkpoints as they were."""
         folder = iteration_folder(self.root, progress.iteration)
-        draft = self.root / f".{folder.name}.draft"
-        problem = None
-        self._together(folder, draft, lambda: self._make(draft))
-        self._together(folder, draft, lambda: self._write(draft, progress, engine, loader_state, recipe_yaml))
-        self._together(folder, draft, lambda: self._sum_up(draft))
-        self._together(folder, draft, lambda: self._publish(draft, folder))
+        draft = self._draft(folder)
+        parts = (
+            lambda: self._make(draft),
+            lambda: self._write(draft, progress, engine, loader_state, recipe_yaml),
+            lambda: self._checksums(draft),
+        )
+        for part in parts:
+            sums = self._together(folder, part)
+        self._together(folder, lambda: self._publish(draft, folder, sums))
         return folder
 
-@@
-            weights = model_state(engine.language, engine.tower)
-            state = dict(weights)
-            state["optimizer"] = engine.optimizer.sharded_state_dict(weights, metadata=metadata())
-            state["schedule"] = engine.schedule.state_dict()
-            dist_checkpointing.save(state, str(draft), content_metadata=None)
-            self._save_beside(draft, progress, loader_state, recipe_yaml)
-        except (Exception, CheckpointException) as error:  # the latter is no Exception; told to every rank below
+    def _together(self, folder: Path, part: Callable[[], Any]) -> list[Any]:
+        """What `part` returned on every rank. Where it fails on one, all raise the same UserError."""
+        result = problem = None
+        try:
+            result = part()
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             problem = self._reason(error)
-        problems: list[str | None] = [None] * self.plan.world_size
-        dist.all_gather_object(problems, problem)
-        if any(problems):
-            if self.plan.rank == 0:
-                shutil.rmtree(draft, ignore_errors=True)
-            reason = next(p for p in problems if p)
-            kept = newest(self.root)
-            raise UserError(
-                f"{folder}: the checkpoint could not be written ({reason}); put that right and start again: "
-                + (f"the run will go on from {kept.name}" if kept else "no earlier checkpoint exists")
-            )
-        self._publish(draft, folder)
-        return folder
+        everyone: list[Any] = [None] * self.plan.world_size
+        dist.all_gather_object(everyone, (result, problem))
+        reason = next((its_problem for _, its_problem in everyone if its_problem), None)
+        if reason is None:
+            return [its_result for its_result, _ in everyone]
+        if self.plan.rank == 0:
+            shutil.rmtree(self._draft(folder), ignore_errors=True)
+        kept = newest(self.root)
+        raise UserError(
+            f"{folder}: the checkpoint could not be written ({reason}); put that right and start again: "
+            + (f"the run will go on from {kept.name}" if kept else "no earlier checkpoint exists")
+        )
+
+    def _draft(self, folder: Path) -> Path:
+        return self.root / f".{folder.name}.draft"
+
+    def _make(self, draft: Path) -> None:
+        if self.plan.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+
+    def _write(self, draft: Path, progress: Progress, engine: Engine, loader_state: Any, recipe_yaml: str) -> None:
+        weights = model_state(engine.language, engine.tower)
+        state = dict(weights)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(weights, metadata=metadata())
+        state["schedule"] = engine.schedule.state_dict()
+        dist_checkpointing.save(state, str(draft), content_metadata=None)
+        self._save_beside(draft, progress, loader_state, recipe_yaml)
 
     def _reason(self, error: BaseException) -> str:
         """torch's writers report a full disk in words of their own, so the disk is asked."""
@@ -132,22 +148,22 @@ class Checkpointer:
             (draft / "model.json").write_text(json.dumps(dataclasses.asdict(self.model), indent=1))
             (draft / "resolved.yaml").write_text(recipe_yaml)
 
-    def _publish(self, draft: Path, folder: Path) -> None:
-        dist.barrier()
-        share = sorted(draft.iterdir())[self.plan.rank :: self.plan.world_size]
-        shares: list[dict] = [{}] * self.plan.world_size
-        dist.all_gather_object(shares, {f.name: checksum(f) for f in share})
-        if self.plan.rank == 0:
-            everything = {name: sums for part in shares for name, sums in part.items()}
-            (draft / "checksums.json").write_text(json.dumps(everything, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(draft, folder)
-            pointer = self.root / f".{LATEST}"
-            pointer.write_text(str(int(folder.name.removeprefix("iter_"))))
-            os.replace(pointer, self.root / LATEST)
-            for old in complete(self.root)[: -self.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+    def _checksums(self, draft: Path) -> dict[str, list[int]]:
+        """Of this rank's share of the files."""
+        return {f.name: checksum(f) for f in sorted(draft.iterdir())[self.plan.rank :: self.plan.world_size]}
+
+    def _publish(self, draft: Path, folder: Path, sums: list[dict[str, list[int]]]) -> None:
+        if self.plan.rank != 0:
+            return
+        everything = {name: its_sums for part in sums for name, its_sums in part.items()}
+        (draft / "checksums.json").write_text(json.dumps(everything, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+        pointer = self.root / f".{LATEST}"
+        pointer.write_text(str(int(folder.name.removeprefix("iter_"))))
+        os.replace(pointer, self.root / LATEST)
+        for old in complete(self.root)[: -self.keep]:
+            shutil.rmtree(old)
 
     # ---- restore
 

@@ -44,7 +44,12 @@ class Trainer:
         self.checkpointer = checkpoint.Checkpointer(
             self.run_dir / "checkpoints", plan, recipe.model, recipe.checkpoint.keep
         )
-        found = agreed(checkpoint.newest(self.checkpointer.root)) if recipe.checkpoint.resume else None
+        found = agreed(checkpoint.newest(self.checkpointer.root))
+        if found is not None and not recipe.checkpoint.resume:
+            raise UserError(
+                f"checkpoint.resume is false, but {found} exists, and this run's own would be pruned as older than it; "
+                "use another run_dir, or remove the checkpoints"
+            )
         self.engine = Engine(recipe, plan, resume_from=found)
         if found is not None:
             self._resume(found)
