@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     from megatron_keye.parallel import plan  # the heavy imports wait until the recipe is known to be good
     from megatron_keye.training.trainer import Trainer
 
+    if first:
+        make_run_dir(Path(recipe.run_dir))
     groups = plan.initialize(recipe.parallel, recipe.training.seed, recipe.training.collective_timeout_minutes)
     trainer = Trainer(recipe, groups)
     if first:  # not before it is known that what stands in run_dir is of this model
@@ -60,6 +62,13 @@ def main(argv: list[str]) -> int:
     trainer.close()
     plan.shut_down()
     return 0
+
+
+def make_run_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir {path} cannot be made ({error.strerror}); name another") from error
 
 
 if __name__ == "__main__":

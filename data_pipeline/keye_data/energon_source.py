@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLo
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 from megatron.energon.source_info import SourceInfo
 from megatron.energon.wrappers import PackingDataset
+from torch.utils.data import get_worker_info
 
 from keye_data.conversation import MALFORMED
 from keye_data.errors import DataError
@@ -26,6 +29,7 @@ from keye_data.processor import Processor
 from keye_data.sample import EncodedSample
 
 log = logging.getLogger(__name__)
+SIGTERM_GRACE = 30  # seconds, as long as torchrun gives a rank
 READ = "read"  # the one member of a sample that has not been read yet: the function that reads it
 
 
@@ -145,6 +149,7 @@ class Encoder(DefaultTaskEncoder):
 
     @stateless
     def encode_sample(self, sample: CookedSample) -> EncodedItem:
+        _outlive_sigterm()
         name = f"{sample.source}/{sample.__key__}"
         try:
             name, members = _read(sample, name)
@@ -182,6 +187,18 @@ class Encoder(DefaultTaskEncoder):
         )
         skipped, self.skipped = self.skipped, []
         return WorkerBatch.derive_from(samples[0], rows=rows, skipped=skipped)
+
+
+@cache
+def _outlive_sigterm() -> None:
+    """In a worker process: a SIGTERM to all processes of a job is for the trainer, which saves and then ends its workers.
+
+    The grace bounds the life of a worker whose trainer is gone or hangs.
+    """
+    if get_worker_info() is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_GRACE))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 FATAL = "\x1f"  # marks our sentence inside the wrapped traceback that a worker's exception becomes

@@ -155,6 +155,8 @@ def mode_errors(recipe: Recipe) -> list[str]:
     mode, scope = recipe.model.attention_mode, recipe.training.scope
     if mode not in ATTENTION_MODES or scope not in SCOPES:
         return []  # already an error of its own
+    if recipe.model.vision_layers == 0:
+        return ["model.vision_layers = 0: a model without vision tower can be converted and run, but not trained"]
     if mode == "warmup" and scope != "indexers":
         return [
             f"model.attention_mode = 'warmup' trains the indexers alone, not training.scope = {scope!r}; the nearest is 'indexers'"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 
+from keye_kernels import dsa
 from megatron_keye.config.recipe import Recipe
 from megatron_keye.errors import UserError
 from megatron_keye.model.init import initialize_weights
@@ -37,6 +38,11 @@ class Engine:
 
     def _build_model(self) -> None:
         recipe, cfg = self.recipe, self.recipe.model
+        device = torch.device(torch.cuda.current_device())
+        try:
+            dsa.backends.resolve(cfg.attention_backend, device)
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            raise UserError(f"model.attention_backend = {cfg.attention_backend}: {error}") from error
         indexer_learns = cfg.attention_mode != "dense" and recipe.training.scope in ("all", "indexers")
         config = language_config(
             cfg,
@@ -47,7 +53,6 @@ class Engine:
             recompute=recipe.training.recompute,
         )
         stages = range(recipe.parallel.virtual_pipeline) if recipe.parallel.virtual_pipeline else [None]
-        device = torch.device(torch.cuda.current_device())
         self.language = [LanguageModel(config, vp_stage=stage).to(device).train() for stage in stages]
         self.tower = VisionTower(vision_config(cfg, dtype=self.dtype), self.plan.vision).to(device).train()
         self.trained = apply_scope(self.language, self.tower, recipe.training.scope)

@@ -63,12 +63,28 @@ class Trainer:
         data, training = self.recipe.data, self.recipe.training
         return Loader(
             data,
-            Processor(load_tokenizer(data.tokenizer), data),
+            self._processor(),
             rank=self.plan.data_rank,
             world_size=self.plan.data_size,
             micro_batch_size=training.micro_batch_size,
             seed=training.seed,
         )
+
+    def _processor(self) -> Processor:
+        """Raises UserError where tokenizer and model number the tokens differently."""
+        model, path = self.recipe.model, self.recipe.data.tokenizer
+        tokenizer = load_tokenizer(path)
+        processor = Processor(tokenizer, self.recipe.data)
+        for key, theirs in (("image_token_id", processor.image_token_id), ("video_token_id", processor.video_token_id)):
+            if getattr(model, key) != theirs:
+                raise UserError(
+                    f"model.{key} = {getattr(model, key)}, but tokenizer {path} has {theirs}; set the model's"
+                )
+        if (most := max(tokenizer.get_vocab().values())) >= model.vocab_size:
+            raise UserError(
+                f"tokenizer {path} goes up to token {most}, above model.vocab_size = {model.vocab_size}; set {most + 1} or more"
+            )
+        return processor
 
     def _resume(self, folder: Path) -> None:
         self.progress, loader_state = self.checkpointer.restore(folder, self.engine)

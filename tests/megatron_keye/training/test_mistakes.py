@@ -37,6 +37,7 @@ MISTAKES = {
     "world size does not fit": ("parallel.pipeline=2", {"WORLD_SIZE": "3"}, ["3", "pipeline"]),
     "missing shards": ("data.sources.0.path=/nowhere/shards", {}, ["/nowhere/shards", "build_shards.py"]),
     "nothing to start from": ("training.init_from=/nowhere/run", {}, ["/nowhere/run"]),
+    "tokenizer of another model": ("model.image_token_id=7", {}, ["model.image_token_id", "151655"]),
     "missing tokenizer": ("data.tokenizer=/nowhere/qwen.tiktoken", {}, ["/nowhere/qwen.tiktoken"]),
 }
 
