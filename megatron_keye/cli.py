@@ -10,7 +10,7 @@ from typing import NoReturn
 from omegaconf.errors import OmegaConfBaseException
 
 from keye_data.errors import DataError
-from megatron_keye.errors import UserError
+from megatron_keye.errors import ElsewhereError, UserError
 
 EXPECTED = (UserError, DataError, OmegaConfBaseException)
 
@@ -29,6 +29,8 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         if debug:
             raise
         print_error(error)
+        sys.exit(1)
+    except ElsewhereError:
         sys.exit(1)
     except KeyboardInterrupt:
         if debug:

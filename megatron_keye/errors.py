@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something the user can put right. The message names the file, key or sample and says what to do."""
+
+
+class ElsewhereError(Exception):
+    """Another rank has met, and prints, the error that ends this one."""

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_keye.config.model import ModelConfig, check_same_model
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.plan import Plan
+from megatron_keye.parallel.together import together
 from megatron_keye.training.model_state import load_model_state, metadata, model_state
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Checkpointer:
 
     def restore(self, folder: Path, engine: Engine) -> tuple[Progress, Any]:
         """Everything a run needs to go on -> (progress, loader state)."""
-        verify(folder, self.plan.rank, self.plan.world_size)
+        together(lambda: verify(folder, self.plan.rank, self.plan.world_size))
         check_same_model(folder, saved_model(folder), self.model)
         saved = json.loads((folder / "state.json").read_text())
         layout = saved.pop("layout")
@@ -201,7 +202,7 @@ class Checkpointer:
 
 def load_weights(folder: Path, model: ModelConfig, language: list[nn.Module], tower: nn.Module, plan: Plan) -> None:
     """Weights alone, from any layout: the start of the next phase."""
-    verify(folder, plan.rank, plan.world_size)
+    together(lambda: verify(folder, plan.rank, plan.world_size))
     check_same_model(folder, saved_model(folder), model)
     loaded = dist_checkpointing.load(model_state(language, tower), str(folder))
     load_model_state(loaded, language, tower)

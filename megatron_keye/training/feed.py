@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from keye_data.errors import DataError
 from keye_data.sample import Batch
 from megatron_keye.parallel.plan import Plan
+from megatron_keye.parallel.together import together
 
 
 class BlockFeed:
@@ -26,26 +26,12 @@ class BlockFeed:
 
     def take(self, count: int) -> list[Batch]:
         """The next `count` micro-batches, on this rank's device, the same on every rank of the block."""
-        taken: list[Batch] = []
-        problem: DataError | None = None
-        if self.batches is not None:
-            try:
-                taken = [next(self.batches) for _ in range(count)]
-            except DataError as error:
-                problem = error
+        taken = together(lambda: [next(self.batches) for _ in range(count)] if self.batches is not None else [])
         if self.plan.block.size() > 1:
             patches = [b.patches for b in taken]
-            outline: list[Any] = [
-                problem,
-                [replace(b, patches=torch.empty(0)) for b in taken],
-                [len(p) for p in patches],
-            ]
+            outline: list[Any] = [[replace(b, patches=torch.empty(0)) for b in taken], [len(p) for p in patches]]
             dist.broadcast_object_list(outline, src=self.plan.block_source, group=self.plan.block)
-            problem, taken, lengths = outline
-            if problem is None:
-                taken = self._share_patches(taken, patches, lengths)
-        if problem is not None:
-            raise problem
+            taken = self._share_patches(outline[0], patches, outline[1])
         return [to_device(b, self.device) for b in taken]
 
     def _share_patches(self, batches: list[Batch], patches: list[torch.Tensor], lengths: list[int]) -> list[Batch]:

@@ -6,6 +6,7 @@ The last rank of the first data block logs (it holds the loss); all others are s
 from __future__ import annotations
 
 import json
+import os
 import math
 import sys
 import time
@@ -48,7 +49,9 @@ class RunLog:
         """Steps after the checkpoint that a run goes on from will be taken, and written, again."""
         if self.path.exists():
             lines = [x for x in self.path.read_text().splitlines() if _iteration_of(x) <= iteration]
-            self.path.write_text("".join(f"{x}\n" for x in lines))
+            draft = self.path.with_suffix(".draft")  # a kill in this moment must not lose the log
+            draft.write_text("".join(f"{x}\n" for x in lines))
+            os.replace(draft, self.path)
 
     def step(self, metrics: dict[str, Any]) -> None:
         if not self.active:

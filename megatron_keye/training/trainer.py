@@ -21,6 +21,7 @@ from megatron_keye.config.recipe import Recipe
 from megatron_keye.errors import UserError
 from megatron_keye.model import backend
 from megatron_keye.parallel.plan import Plan
+from megatron_keye.parallel.together import together
 from megatron_keye.planning.flops import step_flops
 from megatron_keye.training import checkpoint
 from megatron_keye.training.engine import Engine, agreed
@@ -39,8 +40,8 @@ class Trainer:
         self.progress = checkpoint.Progress()
         self.stop_signal = False
         self.nonfinite = 0
-        # The reader's processes are forked first, before threads and devices exist here.
-        self.loader = self._build_loader() if plan.rank == plan.block_source else None
+        reads = plan.rank == plan.block_source
+        self.loader = together(lambda: self._build_loader() if reads else None)
         self.checkpointer = checkpoint.Checkpointer(
             self.run_dir / "checkpoints", plan, recipe.model, recipe.checkpoint.keep
         )
@@ -88,8 +89,7 @@ class Trainer:
 
     def _resume(self, folder: Path) -> None:
         self.progress, loader_state = self.checkpointer.restore(folder, self.engine)
-        if self.loader is not None:
-            self.loader.load_state_dict(loader_state)
+        together(lambda: self.loader.load_state_dict(loader_state) if self.loader is not None else None)
         if self.plan.rank == 0:
             say(f"going on from {folder}")
 

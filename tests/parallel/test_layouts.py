@@ -43,7 +43,13 @@ def recipe_for(mode: str, scope: str, layout: dict, recompute: str = "none") -> 
 
 
 def train(
-    mode: str, scope: str, steps: int, layout: dict, recompute: str = "none", micro_batch: int = 2, balance: float = 0.001
+    mode: str,
+    scope: str,
+    steps: int,
+    layout: dict,
+    recompute: str = "none",
+    micro_batch: int = 2,
+    balance: float = 0.001,
 ) -> list[dict]:
     recipe = recipe_for(mode, scope, layout, recompute)
     recipe.model.router_aux_loss_coeff = balance
