@@ -6,8 +6,8 @@ The last rank of the first data block logs (it holds the loss); all others are s
 from __future__ import annotations
 
 import json
-import os
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
