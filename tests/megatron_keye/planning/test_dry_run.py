@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_keye.config.load import load_recipe
 from megatron_keye.errors import UserError
+from megatron_keye.parallel.plan import shut_down
 from megatron_keye.planning.dry_run import dry_run, make_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,6 +29,7 @@ KNOWN = {
 
 @pytest.fixture(autouse=True)
 def leaves_no_groups():
+    shut_down()  # those of tests before this one: a dry run makes a fake world of its own
     yield
     assert not dist.is_initialized()
 
