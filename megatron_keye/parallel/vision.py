@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from keye_data.processor import Processor
 from keye_data.sample import Batch
 from megatron_keye.model.keye import VisionTower
 from megatron_keye.model.language import visual_mask
@@ -113,10 +114,10 @@ class VisionStep:
     def _encode(self, chunk: dict[str, torch.Tensor]) -> torch.Tensor:
         """A frozen encoder's features are kept: the way back stops at the projector."""
         if self.train_encoder:
-            return self.tower(normalised(chunk["patches"]), chunk["grid"])
+            return self.tower(Processor.normalise(chunk["patches"]), chunk["grid"])
         if "features" not in chunk:
             with torch.no_grad():
-                chunk["features"] = self.tower.vision_model(normalised(chunk["patches"]), chunk["grid"])
+                chunk["features"] = self.tower.vision_model(Processor.normalise(chunk["patches"]), chunk["grid"])
         return self.tower.projector(chunk["features"], chunk["grid"])
 
     def _prepare_chunks(self, patches: torch.Tensor, grid: torch.Tensor, owner: torch.Tensor) -> None:
@@ -166,8 +167,3 @@ class VisionStep:
         incoming = outgoing.new_empty(sum(receive), outgoing.shape[1])
         dist.all_to_all_single(incoming, outgoing, receive, [len(s) for s in send], group=self.plan.block)
         return incoming
-
-
-def normalised(patches: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels -> [-1, 1]"""
-    return (patches.float() / 255 - 0.5) / 0.5
