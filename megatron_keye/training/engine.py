@@ -41,7 +41,7 @@ class Engine:
         device = torch.device(torch.cuda.current_device())
         try:
             dsa.backends.resolve(cfg.attention_backend, device)
-        except (NotImplementedError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise UserError(f"model.attention_backend = {cfg.attention_backend}: {error}") from error
         indexer_learns = cfg.attention_mode != "dense" and recipe.training.scope in ("all", "indexers")
         config = language_config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
@@ -16,12 +17,24 @@ MODULES = {
 
 
 def resolve(backend: str | None, device: torch.device) -> ModuleType:
-    """The backend's module; None is Triton on CUDA and torch elsewhere. An impossible choice raises."""
+    """The backend's module; None is Triton on CUDA and torch elsewhere. An impossible choice raises, nothing falls back."""
     if backend is None:
         backend = "triton" if device.type == "cuda" else "torch"
     if backend not in MODULES:
         raise ValueError(f"backend: {backend!r} is not one of {', '.join(map(repr, MODULES))}")
-    module = MODULES[backend]
-    if importlib.util.find_spec(module) is None:
-        raise NotImplementedError(f"backend: {backend!r} is not built yet; ask for backend='torch' (any device)")
-    return importlib.import_module(module)
+    if backend == "triton":
+        _require_triton(device)
+    return importlib.import_module(MODULES[backend])
+
+
+def _require_triton(device: torch.device) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            "backend: 'triton' needs the package triton, which a CUDA build of torch brings along; "
+            "backend='torch' runs on any device"
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend: 'triton' needs CUDA tensors, these are on {device}; backend='torch' runs on any device "
+            "(TRITON_INTERPRET=1 interprets the kernels on a CPU, for tests)"
+        )

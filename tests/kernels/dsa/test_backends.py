@@ -15,11 +15,18 @@ def test_defaults():
     assert backends.resolve("reference", torch.device("cpu")) is dsa.reference
 
 
-def test_a_backend_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setitem(backends.MODULES, "triton", "keye_kernels.dsa.no_such_backend")
+def test_triton_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     for choice, device in (("triton", "cpu"), (None, "cuda")):
-        with pytest.raises(NotImplementedError, match=r"^backend: 'triton' is not built yet"):
+        with pytest.raises(RuntimeError, match=r"^backend: 'triton' needs the package triton"):
             backends.resolve(choice, torch.device(device))
+
+
+def test_triton_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"^backend: 'triton' needs CUDA tensors, these are on cpu"):
+        backends.resolve("triton", torch.device("cpu"))
 
 
 def test_causal_sequences_are_recognised(layout):
