@@ -1,7 +1,8 @@
 """Makes Triton's interpreter (TRITON_INTERPRET=1) safe for bf16, and about twice as fast.
 
 It holds bf16 as uint16 bit patterns and computes on those: a product is wrong by ten orders of magnitude, without an
-error. After `install` a bf16 tl.dot is right, and every other arithmetic on bf16 raises: kernels must widen first.
+error; and it narrows float32 to bf16 by cutting, where GPUs round to the nearest even. After `install` a bf16 tl.dot and
+the casts are right, and every other arithmetic on bf16 raises: kernels must widen first.
 Written against Triton 3.6; uses its private classes, which is why it runs in interpreted processes only.
 """
 
@@ -19,6 +20,7 @@ def install() -> None:
         return
     builder._bf16_is_safe = True
     builder.create_dot = _dot(builder.create_dot)
+    builder.cast_impl = _cast(builder.cast_impl)
     for name in ("binary_op", "unary_op"):
         setattr(builder, name, _refuse_bf16(name, getattr(builder, name)))
     interpreter.ReduceScanOpInterface.check_tensor = _refuse_bf16_reduction(
@@ -43,6 +45,22 @@ def _dot(original):
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     return create_dot
+
+
+def _cast(original):
+    def cast_impl(self, src, dst_type):
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(_widened(src), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = src.data.view(np.uint32)
+            rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+            quiet_nan = (bits >> 16) | 0x40
+            narrowed = np.where(np.isnan(src.data), quiet_nan, rounded).astype(np.uint16)
+            return interpreter.TensorHandle(narrowed, tl.bfloat16)
+        return original(self, src, dst_type)
+
+    return cast_impl
 
 
 def _refuse_bf16(name: str, original):
