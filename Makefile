@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= full
+TRITON = 3.6.0
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
@@ -15,12 +16,14 @@ help:
 
 install: $(VENV)/installed  ## the virtual environment with everything in it
 
-# torch first and pinned: anything else that wants torch then finds it, and brings no other build
+# torch first and pinned: anything else that wants torch then finds it, and brings no other build. A CUDA build brings
+# its own Triton, which must not be replaced; beside a CPU build it interprets and compiles the kernels for the tests.
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==$(TRITON)
 	@touch $@
 
 demo: install  ## real clips to a trained, exported mini Keye on two ranks; PROFILE=short for a quick look
