@@ -42,7 +42,11 @@ def language_config(
     router_aux_loss_coeff: float = 0.0,
     recompute: str = "none",
 ) -> KeyeTransformerConfig:
-    """The language model's configuration. Both loss weights are 0 unless a trainer sets them."""
+    """The language model's configuration. Both loss weights are 0 unless a trainer sets them.
+
+    router_aux_loss_coeff counts as in transformers, whose loss is experts_per_token at perfect balance and a mean over
+    layers. Megatron's is 1 there, and every layer adds its own.
+    """
     p = parallel or ParallelConfig()
     return KeyeTransformerConfig(
         keye=cfg,
@@ -59,7 +63,7 @@ def language_config(
         moe_router_dtype="fp32",
         moe_router_pre_softmax=False,  # softmax over the chosen equals softmax over all, renormalised
         moe_router_load_balancing_type="seq_aux_loss" if router_aux_loss_coeff else "none",
-        moe_aux_loss_coeff=router_aux_loss_coeff,
+        moe_aux_loss_coeff=router_aux_loss_coeff * cfg.experts_per_token / cfg.num_layers,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=False,
         qk_layernorm=True,

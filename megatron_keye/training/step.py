@@ -2,7 +2,8 @@
 
 Every loss is a sum over tokens, divided once by a count over the whole step, so that micro-batches, data and context
 parallelism change nothing but rounding. With N real tokens and M tokens to predict in the step, gradients are those of
-    sum(language-model losses) / M  +  indexer weight * sum over layers of sum(KL) / N  +  router's balance loss.
+    sum(language-model losses) / M  +  indexer weight * sum over layers of sum(KL) / N  +  coefficient * balance.
+`balance` is transformers' load balancing loss of one layer and row, averaged over layers and, by their tokens, over rows.
 Megatron divides everything by N at the end, so the first term goes in times N / M.
 """
 
@@ -121,7 +122,10 @@ class TrainStep:
         return float(value)
 
     def _other_losses(self, rows: int, tokens: int) -> dict[str, float]:
-        """Means over layers: the indexers' KL a token, and the router's balance loss a row (`rows` of this block)."""
+        """Means over layers: the indexers' KL a token, and the router's balance loss a row (`rows` of this block).
+
+        The balance loss is logged as Megatron has it: 1 when all experts are used alike, whatever their number and top-k.
+        """
         extra = {}
         layers = self.config.num_layers
         if self.config.indexer_loss_weight:
