@@ -9,7 +9,7 @@ start and end tokens, are not: our default. Shapes: L tokens, P patches, N pictu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from keye_data import export, images, video
 from keye_data.budget import FACTOR, TooSmallBudget, plan_frames, smart_resize, tokens_of, video_budget
 from keye_data.conversation import MALFORMED, media_names, normalise
 from keye_data.errors import DataError
+from keye_data.export import save_processor
+from keye_data.images import decode_image
 from keye_data.positions import mrope_positions
 from keye_data.sample import IGNORE, EncodedSample, Media
 from keye_data.settings import DataConfig
 from keye_data.tokenizer import ENDOFTEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from keye_data.video import UnsupportedCodec, decode, probe, trim
 
 PATCH = FACTOR // 2
 PLACEHOLDER = re.compile(r"<\|vision_start\|>(<\|image_pad\|>|<\|video_pad\|>)<\|vision_end\|>")
@@ -84,29 +86,40 @@ class Processor:
         return self._sample(pieces, key, source, self.settings.seq_length)
 
     def prompt(
-        self, messages: list[dict[str, Any]], media: dict[str, bytes] | None = None, *, reserve: int = 0
+        self,
+        messages: list[dict[str, Any]],
+        media: dict[str, bytes] | None = None,
+        *,
+        reserve: int = 0,
+        add_generation_prompt: bool = True,
+        tools: list[Any] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """What the model takes to answer `messages`: the header of the answer is appended.
+        """What the model takes to answer `messages`: the header of the answer is appended, unless told otherwise.
 
         input_ids int64 [1, L], position_ids int64 [3, 1, L], pixel_values fp32 [P, 3, 14, 14], grid_thw int64 [N, 3].
         `reserve` tokens of seq_length are kept free for the answer.
         """
+        conversation = {"messages": messages, "tools": tools}
         pieces = self._pieces(
-            {"messages": messages}, media or {}, "prompt", add_generation_prompt=True, reserve=reserve
+            conversation, media or {}, "prompt", add_generation_prompt=add_generation_prompt, reserve=reserve
         )
-        sample = self._sample(pieces, "prompt", "prompt", self.settings.seq_length - reserve)
-        patches = [torch.empty(0, 3, PATCH, PATCH, dtype=torch.uint8)]
-        grids = [torch.empty(0, 2, dtype=torch.int64)]
-        for item in sample.media:
-            pixels, grid = self.pixels(item)
-            patches.append(pixels)
-            grids.append(grid)
-        return {
-            "input_ids": torch.from_numpy(sample.input_ids)[None],
-            "position_ids": torch.from_numpy(sample.position_ids)[:, None],
-            "pixel_values": self.normalise(torch.cat(patches)),
-            "grid_thw": torch.nn.functional.pad(torch.cat(grids), (1, 0), value=1),
-        }
+        return self._prompt(pieces, reserve)
+
+    def prompt_of_text(
+        self, text: str, pictures: Sequence[bytes] = (), clips: Sequence[bytes] = (), *, reserve: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """As `prompt`, of text that a chat template has written already, one placeholder for each picture and clip."""
+        kinds = [KINDS[match[1]] for match in PLACEHOLDER.finditer(text)]
+        given = {"image": list(pictures), "video": list(clips)}
+        for kind, data in given.items():
+            if kinds.count(kind) != len(data):
+                raise DataError(
+                    f"prompt: the text has {kinds.count(kind)} {kind} placeholders for {len(data)} given", MALFORMED
+                )
+        names = [(kind, f"{kind} {kinds[:i].count(kind)}") for i, kind in enumerate(kinds)]
+        media = {f"{kind} {i}": data for kind, files in given.items() for i, data in enumerate(files)}
+        spans = [match.span() for match in ANSWER.finditer(text)]  # where tokens are cut, as in `prompt`
+        return self._prompt(self._cut(text, names, media, "prompt", spans, reserve), reserve)
 
     def timestamp(self, seconds: float) -> str:
         return self.settings.video.timestamp_format.format(seconds=seconds)
@@ -117,12 +130,12 @@ class Processor:
         """Decodes and resizes: uint8 [P, 3, 14, 14] in raster order inside a frame, and int64 grid [N, 2] in patches."""
         with _broken(media.kind, f"a {media.kind}", decoding=True):
             if media.kind == "image":
-                frames = torch.as_tensor(images.decode_image(media.data, size=media.size))[None]
+                frames = torch.as_tensor(decode_image(media.data, size=media.size))[None]
             else:
                 how = self.settings.video
                 device = None if how.device == "auto" else how.device
                 frames = torch.as_tensor(
-                    video.decode(media.data, media.frames, backend=how.backend, size=media.size, device=device)
+                    decode(media.data, media.frames, backend=how.backend, size=media.size, device=device)
                 )
         (height, width), grid = media.size, media_grid(media)
         if tuple(frames.shape) != (len(grid), height, width, 3):
@@ -136,8 +149,8 @@ class Processor:
         return patches.to(torch.float32) / 127.5 - 1.0
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files, chat_template.jinja and both preprocessor configurations."""
-        export.save_processor(self.tokenizer, self.settings, Path(folder))
+        """Writes the tokenizer's files, chat_template.jinja and the processor's configurations."""
+        save_processor(self.tokenizer, self.settings, Path(folder))
 
     # ---- inside
 
@@ -154,20 +167,30 @@ class Processor:
         if self.settings.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         rendered = self._render(conversation, messages, key, add_generation_prompt)
-        names = media_names(messages)
+        spans = [match.span() for match in ANSWER.finditer(rendered)]
+        answers = sum(message["role"] == "assistant" for message in messages)
+        if len(spans) != answers:
+            raise DataError(
+                f"{key}: the chat template does not write <|im_start|>assistant ... <|im_end|>; use one that does"
+            )
+        return self._cut(rendered, media_names(messages), media, key, spans, reserve)
+
+    def _cut(
+        self,
+        rendered: str,
+        names: list[tuple[str, str]],
+        media: dict[str, bytes],
+        key: str,
+        spans: Sequence[tuple[int, int]] = (),
+        reserve: int = 0,
+    ) -> list[_Piece]:
+        """Rendered text cut at its pictures and clips, (kind, name) in order, and at the `spans` to learn."""
         found = list(PLACEHOLDER.finditer(rendered))
         if [KINDS[match[1]] for match in found] != [kind for kind, _ in names]:
             raise DataError(
                 f"{key}: the chat template wrote {len(found)} pictures and clips for the {len(names)} given", MALFORMED
             )
         marks = {match.start(): (match.end(), name) for match, (_, name) in zip(found, names)}
-        spans = [(m.start(), m.end()) for m in ANSWER.finditer(rendered)]
-        answers = sum(message["role"] == "assistant" for message in messages)
-        if len(spans) != answers:
-            raise DataError(
-                f"{key}: the chat template does not write <|im_start|>assistant ... <|im_end|>; use one that does"
-            )
-
         cuts = sorted(
             {0, len(rendered), *marks, *(end for end, _ in marks.values()), *(x for span in spans for x in span)}
         )
@@ -202,7 +225,7 @@ class Processor:
 
     def _picture(self, piece: _Piece, data: bytes, name: str) -> None:
         with _broken("image", name):
-            height, width, _ = images.decode_image(data).shape  # decoded here too: a broken one is skipped, not masked
+            height, width, _ = decode_image(data).shape  # decoded here too: a broken one is skipped, not masked
             size = smart_resize(height, width, self.settings.image.min_tokens, self.settings.image.max_tokens)
         piece.media = Media("image", data, [0], size)
         piece.ids = [self.start_id, *[self.image_token_id] * tokens_of(size), self.end_id]
@@ -211,7 +234,7 @@ class Processor:
         """Plans the frames of one of `clips` clips, which has `room` tokens of the sequence for itself."""
         limits = self.settings.video
         with _broken("video", name):
-            info = video.probe(data)
+            info = probe(data)
             marker = len(self.tokenizer.encode(self.timestamp(info.duration), add_special_tokens=False)) + 2
             budget = video_budget(info.duration, limits, clips)
             try:
@@ -227,12 +250,27 @@ class Processor:
                 )
             except TooSmallBudget as error:
                 raise DataError(f"{name}: {error} of seq_length {self.settings.seq_length}", "too long") from error
-            trimmed, frames = video.trim(data, plan.indices)
+            trimmed, frames = trim(data, plan.indices)
         piece.media = Media("video", trimmed, [int(i) for i in frames], plan.size)
         pads = [self.start_id, *[self.video_token_id] * tokens_of(plan.size), self.end_id]
         for index in plan.indices:
             piece.ids += self.tokenizer.encode(self.timestamp(float(info.timestamps[index])), add_special_tokens=False)
             piece.ids += pads
+
+    def _prompt(self, pieces: list[_Piece], reserve: int) -> dict[str, torch.Tensor]:
+        sample = self._sample(pieces, "prompt", "prompt", self.settings.seq_length - reserve)
+        patches = [torch.empty(0, 3, PATCH, PATCH, dtype=torch.uint8)]
+        grids = [torch.empty(0, 2, dtype=torch.int64)]
+        for item in sample.media:
+            pixels, grid = self.pixels(item)
+            patches.append(pixels)
+            grids.append(grid)
+        return {
+            "input_ids": torch.from_numpy(sample.input_ids)[None],
+            "position_ids": torch.from_numpy(sample.position_ids)[:, None],
+            "pixel_values": self.normalise(torch.cat(patches)),
+            "grid_thw": torch.nn.functional.pad(torch.cat(grids), (1, 0), value=1),
+        }
 
     def _sample(self, pieces: list[_Piece], key: str, source: str, limit: int) -> EncodedSample:
         input_ids = np.array([i for piece in pieces for i in piece.ids], dtype=np.int64)
@@ -258,7 +296,7 @@ def _broken(kind: str, name: str, decoding: bool = False) -> Iterator[None]:
     """Whatever a decoder says about a broken file becomes one DataError that names it."""
     try:
         yield
-    except video.UnsupportedCodec as error:
+    except UnsupportedCodec as error:
         if decoding:
             raise  # the clip was readable: data.video.backend is the wrong choice, and no sample is at fault
         raise DataError(f"{name}: {error}", "unsupported codec") from error

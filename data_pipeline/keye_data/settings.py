@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from omegaconf import MISSING
+# How OmegaConf marks a key that has no default; written out, so that an exported processor does not need OmegaConf.
+MISSING: Any = "???"
 
 
 @dataclass

@@ -10,10 +10,11 @@ import numpy as np
 from av import VideoFrame
 from av.video.stream import VideoStream
 
-from . import with_pyav
 from .container import DamagedVideo, Source, check_size, opened, source_name
 from .frames import UPRIGHT, Orientation, orientation
 from .packets import PacketTable, scan
+from .with_pyav import all_frames, wanted_frames
+from .with_pyav import decode as decode_with_pyav
 
 BACKENDS = ("pyav", "dali", "torchcodec")
 
@@ -47,9 +48,9 @@ def _info(src: Source, table: PacketTable) -> Info:
     with opened(src) as (container, stream):
         if table.exact:
             pts = table.pts[table.frames]
-            first = next((f for _, f in with_pyav.wanted_frames(container, stream, table, np.zeros(1, np.int64))), None)
+            first = next((f for _, f in wanted_frames(container, stream, table, np.zeros(1, np.int64))), None)
         else:
-            pts, first = _frame_times(with_pyav.all_frames(container, stream), stream)
+            pts, first = _frame_times(all_frames(container, stream), stream)
     if first is None:
         raise DamagedVideo(f"video {name}: no frame can be decoded")
     check_size(first.width, first.height, f"video {name}")
@@ -105,13 +106,13 @@ def decode(
         return np.empty((0, *(size or (info.height, info.width)), 3), np.uint8)
     wanted, where = np.unique(asked, return_inverse=True)
     if info is None or backend == "pyav":
-        frames = with_pyav.decode(src, table, wanted, size)
+        frames = decode_with_pyav(src, table, wanted, size)
     elif backend == "dali":
-        from . import with_dali
+        from .with_dali import decode as decode_with_dali
 
-        frames = with_dali.decode(src, table, info, wanted, size, device)
+        frames = decode_with_dali(src, table, info, wanted, size, device)
     else:
-        from . import with_torchcodec
+        from .with_torchcodec import decode as decode_with_torchcodec
 
-        frames = with_torchcodec.decode(src, info, wanted, size)
+        frames = decode_with_torchcodec(src, info, wanted, size)
     return frames if len(wanted) == len(asked) and (np.diff(asked) > 0).all() else frames[where]
