@@ -1,0 +1,17 @@
+"""Scores as integers: the total order in which a selection ranks them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LEAST = tl.constexpr(-(2**31))  # below the order of every score
+GREATEST = tl.constexpr(2**31 - 1)  # the order of NaN
+
+
+@triton.jit
+def order_of(score):
+    """fp32 -> int32 that compares as the scores do: -0.0 equals 0.0, and NaN is above +inf, so that it shows."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(score == score, order, GREATEST)
