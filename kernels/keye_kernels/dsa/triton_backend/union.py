@@ -15,7 +15,10 @@ from .blocks import BLOCK, Chunk, Union, block_windows
 from .launch import launch
 from .order import order_of
 
-SEGMENT = 512  # columns of a program. One thread then holds all 16 rows of its columns: a word is made in registers
+# Columns of a program. One thread then holds all 16 rows of its columns, and a word is made in registers.
+# Registers / spills / bytes of shared memory on sm_90: _words 145 / 0 / 16, _scatter 48 / 0 / 8192, _compact 32 / 0 / 4096,
+# _list_row 56 / 0 / 8192.
+SEGMENT = 512
 WARPS = 4
 
 

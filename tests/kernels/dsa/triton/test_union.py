@@ -39,7 +39,7 @@ def random_case(layout, name, seed=0):
 
 def words_by_hand(chosen, chunk):
     """{(block, key): word} of the words that are not 0."""
-    made = {}
+    made: dict[tuple[int, int], int] = {}
     for t, s in chosen[chunk.rows].nonzero().tolist():
         key = (t // BLOCK, s)
         made[key] = made.get(key, 0) | 1 << t % BLOCK
@@ -98,14 +98,14 @@ def test_words_of_scores(name, layout, device):
     for chunk in chunks_of(windows, num_queries, 1500):
         logits = scores[chunk.rows, chunk.keys].contiguous()
         arguments = [x.to(device) for x in (logits, tau[chunk.rows], cut[chunk.rows], start, stop, windows)]
-        made, counts = U.words(*arguments, chunk)
+        made, counts = U.words(*arguments, chunk=chunk)
         check_words(made, counts, windows, chunk, words_by_hand(chosen, chunk))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_indices_there_and_back(name, layout, device):
     """List -> words -> union and list, in several chunks: each result equals the sets it came from."""
-    start, stop, chosen = random_case(layout, name)
+    chosen = random_case(layout, name)[2]
     topk = int(chosen.sum(-1).max()) + 3
     indices = lists(chosen, topk)
     shuffled = torch.stack([row[torch.randperm(topk, generator=torch.Generator().manual_seed(5))] for row in indices])
