@@ -22,6 +22,7 @@ class Chunk:
 
     rows: slice  # begins at a multiple of BLOCK
     keys: slice
+    window_entries: int = 0  # the sizes of its blocks' own windows, summed
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +64,7 @@ def chunks_of(windows: Tensor, num_queries: int, pairs: int | None = None) -> li
     left out. Waits for the device once.
     """
     low, high = windows.cpu().numpy()
-    num_blocks = len(low)
+    num_blocks, sizes = len(low), (high - low).astype(np.int64)
     low = np.where(high == 0, np.iinfo(np.int32).max, low)
     pairs = PAIRS_PER_CHUNK if pairs is None else pairs
     blocks = min(ROWS_PER_CHUNK // BLOCK, max(num_blocks, 1))
@@ -75,7 +76,11 @@ def chunks_of(windows: Tensor, num_queries: int, pairs: int | None = None) -> li
             break
         blocks = -(-blocks // 2)
     return [
-        Chunk(slice(at * BLOCK, min((at + blocks) * BLOCK, num_queries)), slice(int(a), int(b)))
+        Chunk(
+            slice(at * BLOCK, min((at + blocks) * BLOCK, num_queries)),
+            slice(int(a), int(b)),
+            int(sizes[at : at + blocks].sum()),
+        )
         for at, a, b in zip(starts.tolist(), first, last)
         if b > 0
     ]
