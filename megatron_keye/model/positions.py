@@ -31,9 +31,14 @@ def axis_of_frequency(sections: list[int], layout: str) -> list[int]:
     return axes
 
 
+def inverse_frequencies(theta: float, dim: int, device: torch.device) -> torch.Tensor:
+    """fp32 [dim / 2], rounded as transformers and the serving engines do: in position 262,143 another last bit is 0.02 rad."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
 def _axis_angles(cfg: ModelConfig, position_ids: torch.Tensor, dim: int, sections: list[int]) -> torch.Tensor:
     device = position_ids.device
-    inverse = cfg.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    inverse = inverse_frequencies(cfg.rope_theta, dim, device)
     axes = torch.tensor(axis_of_frequency(sections, cfg.mrope_layout), device=device)
     return position_ids.float()[axes].permute(1, 2, 0) * inverse  # [b, s, dim / 2]
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from megatron_keye.model.norms import LayerNorm
+from megatron_keye.model.positions import inverse_frequencies
 from megatron_keye.model.transformer_config import KeyeTransformerConfig
 
 
@@ -110,8 +111,7 @@ class VisionEncoder(MegatronModule):
         """Angles of concat(row, column), twice over for rotate-half -> [P, D]"""
         cfg = self.config
         dim = cfg.kv_channels // 2  # of one axis, both halves
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=grid.device) / dim
-        inverse = cfg.keye.vision_rope_theta**-exponents
+        inverse = inverse_frequencies(cfg.keye.vision_rope_theta, dim, grid.device)
         parts = []
         for height, width in grid.tolist():
             rows = torch.arange(height, device=grid.device).repeat_interleave(width)
