@@ -14,7 +14,8 @@ from megatron_keye.model.names import links
 def error(got: Tensor, want: Tensor) -> float:
     """Norm of the difference over the norm of `want`: 0 is equal, 1 is unrelated. Both zero: 0."""
     assert got.shape == want.shape, f"shape {list(got.shape)} against {list(want.shape)}"
-    difference, scale = (got.double() - want.double()).norm(), want.double().norm()
+    got, want = got.detach().double(), want.detach().double()
+    difference, scale = (got - want).norm(), want.norm()
     return float(difference / scale) if scale else float(difference)
 
 
