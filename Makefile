@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo test checks bench clean
+.PHONY: help install demo test checks bench bench-gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,10 @@ checks: install  ## style, lint and types
 
 bench: install  ## CPU benchmarks; results in kernels/benchmarks/results
 	$(BIN)/python kernels/benchmarks/bench_cpu.py
+
+# torch and triton are all it takes: whatever Python has them, the environment of `make install` if it is there
+bench-gpu:  ## GPU benchmarks, correctness first, 8 minutes; results in kernels/benchmarks/results
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) kernels/benchmarks/bench_gpu.py
 
 clean:  ## remove what the demo made
 	rm -rf demo runs
