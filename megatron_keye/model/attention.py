@@ -18,7 +18,7 @@ from keye_kernels import dsa
 from megatron_keye.model.indexer import AttachLoss
 from megatron_keye.model.positions import rotate
 from megatron_keye.model.transformer_config import KeyeTransformerConfig
-from megatron_keye.parallel.context import gather_keys
+from megatron_keye.parallel.context import gather_keys, rows_first
 
 
 @dataclass
@@ -45,22 +45,25 @@ class SparseCoreAttention(MegatronModule):
         """-> [s, b, H * D]"""
         keye = self.config.keye
         s, b = query.shape[:2]
+        # The small ik travels first; K and V travel behind it, while keys are scored and selected.
         if indexer_outputs is not None:
             iq, ik, iw = indexer_outputs
-            ik = gather_keys(ik, self.context_group)
-        key, value = gather_keys(torch.stack([key, value]).transpose(0, 1), self.context_group).unbind(1)
-        q, k, v = rows_first(query), rows_first(key), rows_first(value)
-        start, stop = flat_ranges(key_ranges, key.shape[0])
+            (ik,), wait_for_ik = gather_keys(self.context_group, ik)
+        (k, v), wait_for_kv = gather_keys(self.context_group, key, value)
+        q = rows_first(query)
+        start, stop = flat_ranges(key_ranges, len(k) // b)
         backend = keye.attention_backend
         if indexer_outputs is None:
+            wait_for_kv()
             out, _ = dsa.dense_attention(q, k, v, start, stop, backend=backend)
         else:
-            iq, ik, iw = rows_first(iq), rows_first(ik), rows_first(iw)
+            iq, iw = rows_first(iq), rows_first(iw)
             fp8 = dict(fake_fp8=keye.indexer_fake_fp8)
+            wait_for_ik()
             if self.config.indexer_loss_weight and self.training:
                 out, kl = dsa.dsa_attention(
                     q, k, v, iq, ik, iw, start, stop, keye.topk, keye.attention_mode, backend,
-                    deterministic=keye.deterministic_attention,
+                    deterministic=keye.deterministic_attention, wait=wait_for_kv,
                     teacher_group=self.tensor_group if self.tensor_group.size() > 1 else None, **fp8,
                 )  # fmt: skip
                 if torch.is_grad_enabled():  # not in the first pass of a recomputed layer
@@ -68,6 +71,7 @@ class SparseCoreAttention(MegatronModule):
                     out = AttachLoss.apply(out, kl, self.config.indexer_loss_weight)
             else:
                 indices = dsa.select_topk(iq, ik, iw, start, stop, keye.topk, backend, **fp8)
+                wait_for_kv()
                 out, _ = dsa.sparse_attention(
                     q, k, v, indices, backend=backend, deterministic=keye.deterministic_attention
                 )
@@ -92,11 +96,6 @@ class KeyeSelfAttention(SelfAttention):
             indexer_outputs = self.indexer(hidden_states, indexer_angles)
         query, key = rotate(query, angles), rotate(key, angles)
         return self.linear_proj(self.core_attention(query, key, value, attention_mask, indexer_outputs))
-
-
-def rows_first(x: torch.Tensor) -> torch.Tensor:
-    """[s, b, ...] -> [b * s, ...]: the rows of a micro-batch one after another, as one token axis."""
-    return x.transpose(0, 1).flatten(0, 1)
 
 
 def flat_ranges(key_ranges: torch.Tensor, keys_per_row: int) -> tuple[torch.Tensor, torch.Tensor]:

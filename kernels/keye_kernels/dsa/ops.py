@@ -7,6 +7,8 @@ Misuse raises TypeError or ValueError naming the argument.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .backends import resolve
@@ -55,7 +57,7 @@ def dense_attention(
 def dsa_attention(
     q: Tensor, k: Tensor, v: Tensor, iq: Tensor, ik: Tensor, iw: Tensor, key_start: Tensor, key_stop: Tensor, topk: int,
     mode: str = "sparse", backend: str | None = None, *, scale: float | None = None, deterministic: bool = False,
-    fake_fp8: bool = False, return_indices: bool = False, teacher_group=None,
+    fake_fp8: bool = False, return_indices: bool = False, teacher_group=None, wait: Callable[[], None] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Selection, attention and the indexer's loss in one: what a model calls.
 
@@ -66,13 +68,18 @@ def dsa_attention(
     teacher_group: a torch.distributed group whose ranks hold equally many of the query heads (tensor parallelism). The
     teacher then averages the heads of all of them, so kl and its gradients agree on every rank. The forward and the
     backward of kl are collective: every rank must run both, with the same queries and ranges.
+
+    wait: for k and v that are still on their way (a gather begun under context parallelism): called once, before their
+    content is read and after the first keys are selected. Until then only their shapes and dtypes need to be right.
     """
     check_attention(q, k, v)
     check_indexer(iq, ik, iw, topk, fake_fp8)
     check_together(q, k, iq, ik, mode)
+    if wait is not None and not callable(wait):
+        raise TypeError(f"wait: expected a function without arguments, got {type(wait).__name__}")
     check_ranges(key_start, key_stop, q.shape[0], k.shape[0], q.device)
     return resolve(backend, q.device).dsa_attention(
         q, k, v, iq, ik, iw, key_start, key_stop, topk, mode,
         scale=scale, deterministic=deterministic, fake_fp8=fake_fp8, return_indices=return_indices,
-        teacher_group=teacher_group,
+        teacher_group=teacher_group, wait=wait,
     )  # fmt: skip

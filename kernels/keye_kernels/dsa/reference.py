@@ -92,7 +92,7 @@ def indexer_kl(p: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
 def dsa_attention(
     q, k, v, iq, ik, iw, key_start, key_stop, topk, mode="sparse", *,
-    scale=None, deterministic=False, fake_fp8=False, return_indices=False, teacher_group=None,
+    scale=None, deterministic=False, fake_fp8=False, return_indices=False, teacher_group=None, wait=None,
 ):  # fmt: skip
     """Select, attend, and score the indexer -> out [T,Hq,D], kl [T] (, indices [T,K])."""
     if fake_fp8:
@@ -101,6 +101,8 @@ def dsa_attention(
     if mode == "sparse" or return_indices:
         indices = select_topk(iq, ik, iw, key_start, key_stop, topk)
     mask = index_mask(indices, num_keys) if mode == "sparse" else range_mask(key_start, key_stop, num_keys)
+    if wait is not None:
+        wait()
     out, _, probabilities = _attend(q, k, v, mask, scale)
     scores = index_scores(iq, ik, iw)
     kl = indexer_kl(teacher(probabilities, teacher_group).to(scores.dtype), scores, mask)

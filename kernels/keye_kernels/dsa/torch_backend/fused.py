@@ -7,6 +7,8 @@ cannot be prepared in the forward and scaled later.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,18 +30,27 @@ def teacher_of(probabilities: Tensor, num_rows: int, group) -> Tensor:
     return total.div_(num_heads)
 
 
+def arrived(k: Tensor, v: Tensor, wait: Callable[[], None] | None) -> tuple[Tensor, Tensor]:
+    """[S,Hkv,D] that may still be on their way -> both [Hkv,S,D], in the accumulation dtype."""
+    if wait is not None:
+        wait()
+    return keys_first(k), keys_first(v)
+
+
 class DSAttention(torch.autograd.Function):
     """out, kl, indices = apply(...); indices is None unless asked for or needed by the backward."""
 
     @staticmethod
-    def forward(ctx, q, k, v, iq, ik, iw, key_start, key_stop, topk, mode, scale, teacher_group, return_indices, keep):
-        k_heads, v_heads = keys_first(k), keys_first(v)
+    def forward(
+        ctx, q, k, v, iq, ik, iw, key_start, key_stop, topk, mode, scale, teacher_group, return_indices, keep, wait
+    ):
         num_queries, sparse = q.shape[0], mode == "sparse"
         indices = None
         if return_indices or (keep and sparse):
             indices = torch.full((num_queries, topk), -1, dtype=torch.int32, device=q.device)
         out = torch.zeros_like(q)
         kl = torch.zeros(num_queries, dtype=accumulate_dtype(iq), device=q.device)
+        heads = None
         for chunk in chunks_of_ranges(key_start, key_stop):
             scores, agreement = index_scores(iq[chunk.rows], ik[chunk.keys], iw[chunk.rows])
             del agreement  # the widest matrix of the chunk
@@ -49,12 +60,15 @@ class DSAttention(torch.autograd.Function):
                 mask = chosen if sparse else visible
                 if indices is not None:
                     indices[chunk.rows] = indices_of(chosen, topk, chunk.keys.start)
+            k_heads, v_heads = heads = heads or arrived(k, v, wait)  # the first selection hides their journey
             bias, has_key = bias_of(mask, k_heads.dtype), chunk.has_key()
             q_chunk = group_heads(q[chunk.rows], k.shape[1])
             probabilities = probabilities_of(logits_of(q_chunk, k_heads[:, chunk.keys], bias, scale), has_key)
             out[chunk.rows] = ungroup_heads(torch.bmm(probabilities, v_heads[:, chunk.keys]), len(has_key)).to(q.dtype)
             p = teacher_of(probabilities, len(has_key), teacher_group).to(scores.dtype)
             kl[chunk.rows] = torch.nn.functional.kl_div((scores + bias).log_softmax(-1), p, reduction="none").sum(-1)
+        if heads is None:  # no query sees a key; what was begun is ended all the same
+            arrived(k, v, wait)
         if keep:
             ctx.save_for_backward(q, k, v, iq, ik, iw, key_start, key_stop, indices if sparse else None)
             ctx.scale, ctx.teacher_group = scale, teacher_group
@@ -98,4 +112,4 @@ class DSAttention(torch.autograd.Function):
         for_attention = (grad_q, grad_k.transpose(0, 1).to(k.dtype), grad_v.transpose(0, 1).to(v.dtype))
         for_indexer = (grad_iq, grad_ik.to(ik.dtype), grad_iw)
         unasked = (None,) * 3
-        return *(for_attention if attends else unasked), *(for_indexer if teaches else unasked), *(None,) * 8
+        return *(for_attention if attends else unasked), *(for_indexer if teaches else unasked), *(None,) * 9
