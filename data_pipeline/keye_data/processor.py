@@ -105,10 +105,21 @@ class Processor:
         )
         return self._prompt(pieces, reserve)
 
+    def render(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, tools: list[Any] | None = None
+    ) -> str:
+        """The conversation as text, one placeholder for each picture and clip."""
+        return self._render({"messages": messages, "tools": tools}, "prompt", add_generation_prompt)[0]
+
+    @staticmethod
+    def placeholders(text: str, kind: str) -> int:
+        """How many pictures ("image") or clips ("video") a rendered text asks for."""
+        return sum(KINDS[match[1]] == kind for match in PLACEHOLDER.finditer(text))
+
     def prompt_of_text(
         self, text: str, pictures: Sequence[bytes] = (), clips: Sequence[bytes] = (), *, reserve: int = 0
     ) -> dict[str, torch.Tensor]:
-        """As `prompt`, of text that a chat template has written already, one placeholder for each picture and clip."""
+        """As `prompt`, of text that `render` wrote; `pictures` and `clips` in the order of their placeholders."""
         kinds = [KINDS[match[1]] for match in PLACEHOLDER.finditer(text)]
         given = {"image": list(pictures), "video": list(clips)}
         for kind, data in given.items():
@@ -163,10 +174,7 @@ class Processor:
         add_generation_prompt: bool,
         reserve: int = 0,
     ) -> list[_Piece]:
-        messages = normalise(conversation.get("messages"), key)
-        if self.settings.system_prompt and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
-        rendered = self._render(conversation, messages, key, add_generation_prompt)
+        rendered, messages = self._render(conversation, key, add_generation_prompt)
         spans = [match.span() for match in ANSWER.finditer(rendered)]
         answers = sum(message["role"] == "assistant" for message in messages)
         if len(spans) != answers:
@@ -215,13 +223,18 @@ class Processor:
             self._clip(piece, media[name], f"{key}: {name}", room // len(clips), len(clips))
         return pieces
 
-    def _render(self, conversation: dict[str, Any], messages: list[dict[str, Any]], key: str, prompt: bool) -> str:
+    def _render(self, conversation: dict[str, Any], key: str, prompt: bool) -> tuple[str, list[dict[str, Any]]]:
+        """-> the text, and the messages it was made of."""
+        messages = normalise(conversation.get("messages"), key)
+        if self.settings.system_prompt and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         tools = conversation.get("tools")
         if (tools or any("tool_calls" in m for m in messages)) and "tool" not in self.tokenizer.chat_template:
             raise DataError(
                 f"{key}: it uses tools and the chat template knows none; use a tokenizer folder whose template does"
             )
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        return text, messages
 
     def _picture(self, piece: _Piece, data: bytes, name: str) -> None:
         with _broken("image", name):

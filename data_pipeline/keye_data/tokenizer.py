@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,14 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def _from_folder(path: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        # Where the folder names its tokenizer's class, the model's configuration, which may be remote code, is not asked.
+        own = path / "tokenizer_config.json"
+        named = own.is_file() and "tokenizer_class" in json.loads(own.read_text(encoding="utf-8"))
+        config = PreTrainedConfig() if named else None
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, config=config)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"tokenizer {path}: not a readable Hugging Face tokenizer folder: {error}") from error
 

@@ -16,6 +16,7 @@ from keye_data.settings import DataConfig
 from keye_data.tokenizer import load_tokenizer
 from megatron_keye.config.model import ModelConfig, check_same_model
 from megatron_keye.errors import UserError
+from megatron_keye.hf_release.shipping import ship_model, ship_processor
 from megatron_keye.model.hf_config import read_config, write_config
 from megatron_keye.model.hf_files import Checkpoint, publishing, write_tensors
 from megatron_keye.model.keye import KeyeModel
@@ -75,12 +76,16 @@ def write_folder(
 ) -> None:
     """As `to_hf`, from tensors of `dtype` by canonical name, written as they come."""
     experts = experts or ("fused" if cfg.vision_layers else "separate")
-    processor = _processor(tokenizer)
+    processor = _processor(tokenizer, cfg)
     with publishing(folder) as draft:
         write_tensors(draft, tensors, experts)
         write_config(cfg, draft, str(dtype).removeprefix("torch."))
+        if cfg.vision_layers:  # plain Qwen3-MoE is transformers' own
+            ship_model(draft)
         if processor is not None:
             _save(processor, draft)
+            if cfg.vision_layers:
+                ship_processor(draft)
 
 
 def _save(processor: Processor, folder: Path) -> None:
@@ -92,10 +97,11 @@ def _save(processor: Processor, folder: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _processor(tokenizer: str | Path | Processor | None) -> Processor | None:
+def _processor(tokenizer: str | Path | Processor | None, cfg: ModelConfig) -> Processor | None:
     if tokenizer is None or isinstance(tokenizer, Processor):
         return tokenizer
-    return Processor(load_tokenizer(tokenizer), DataConfig(tokenizer=str(tokenizer)))
+    settings = DataConfig(tokenizer=str(tokenizer), seq_length=cfg.max_position_embeddings)
+    return Processor(load_tokenizer(tokenizer), settings)
 
 
 def fill(

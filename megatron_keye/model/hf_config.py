@@ -12,6 +12,7 @@ from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.model_values import model_errors
 from megatron_keye.config.rope import mrope_sections
 from megatron_keye.errors import UserError
+from megatron_keye.hf_release.shipping import AUTO_MODEL
 
 KEYE, QWEN = "KeyeVL2", "qwen3_moe"
 
@@ -145,6 +146,7 @@ def config_dict(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": "gelu_pytorch_tanh",
         "attention_dropout": 0.0,
     }
+    config["auto_map"] = AUTO_MODEL
     marks = {key: value for key, value in VISION_MARKS.items() if value < cfg.vocab_size}
     return config | _write(cfg, TOKENS) | marks
 

@@ -103,9 +103,13 @@ def test_query_rows_are_in_head_order(model, folder):
 
 
 def test_folder(folder):
-    assert sorted(f.name for f in folder.iterdir()) == [
+    assert sorted(f.name for f in folder.iterdir() if f.suffix != ".py") == [
         "config.json", "generation_config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json",
     ]  # fmt: skip
+    assert {f.name for f in folder.glob("*.py")} == {
+        f"{name}_keye_vl2.py"
+        for name in ("attention", "configuration", "generation", "modeling", "positions", "vision")
+    }
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "KeyeVL2"
     assert config["architectures"] == ["KeyeVL2MoeForConditionalGeneration"]
