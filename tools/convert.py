@@ -5,14 +5,22 @@ python tools/convert.py export --ckpt CKPT --out DIR [--experts fused|separate] 
 python tools/convert.py verify --hf DIR --ckpt CKPT [--dtype bf16|fp32]   # exit code 1 where anything differs
 python tools/convert.py names --preset keye_vl2_30b_a3b --tp 4 --ep 8 --pp 4
 
-CKPT is a run's folder or its checkpoints folder (the newest iteration), or an iter_* folder.
+A new Keye out of plain Qwen3-30B-A3B, as its training started (model section and seed as the recipe says):
+
+python tools/convert.py import --hf QWEN --vision-hf KEYE --indexers init --recipe recipes/stage0.yaml --out CKPT
+    --projector init             a vision tower's folder whose projector is of another width, as Keye-VL-1.5-8B's
+    --vision init                no vision tower's folder at all
+
+CKPT is a run's folder or its checkpoints folder (the newest iteration), or an iter_* folder. An imported one is of no
+layout: it loads under any number of tensor-, expert- and pipeline-parallel ranks. DIR may hold a layer's experts in two
+tensors or one by one. import and export hold a few tensors in memory, not the model; one that was stopped goes on where
+it stood when the same command is given again, and its --out appears only when it is whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +41,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
 
     command = commands.add_parser("import", help="Hugging Face folder -> checkpoint")
-    command.add_argument("--hf", type=Path, required=True, metavar="DIR")
-    command.add_argument("--out", type=Path, required=True, metavar="CKPT")
-    command.add_argument("--dtype", choices=("bf16", "fp32"), help="as stored if left out")
+    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Keye, or plain Qwen3-MoE")
+    command.add_argument("--out", type=Path, required=True, metavar="CKPT", help="a folder without checkpoints")
+    command.add_argument("--dtype", choices=("bf16", "fp32"), help="as stored, tensor by tensor, if left out")
+    new = command.add_argument_group("a new Keye out of plain Qwen3-MoE (nothing is drawn that is not named here)")
+    new.add_argument("--vision-hf", type=Path, metavar="DIR", help="vision tower and projector: visual.*, mlp_AR.*")
+    new.add_argument("--indexers", choices=("init",), help="draw the indexers")
+    new.add_argument("--projector", choices=("init",), help="draw the projector")
+    new.add_argument("--vision", choices=("init",), help="draw the vision tower")
+    new.add_argument("--seed", type=int, help="of what is drawn; the recipe's training.seed if left out")
+    new.add_argument("--recipe", type=Path, help="whose model section it is; the released sizes if left out")
+    new.add_argument("overrides", nargs="*", metavar="a.b=c", help="of the recipe, as in training; profile=NAME too")
 
     command = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     command.add_argument("--ckpt", type=Path, required=True)
@@ -67,24 +83,41 @@ def main(argv: list[str]) -> int:
         return 0
 
     from megatron_keye.conversion import commands
+    from megatron_keye.conversion.progress import bar
 
     dtype = commands.DTYPES[args.dtype] if args.dtype else None
     if args.command == "import":
-        folder = commands.import_hf(args.hf, args.out, dtype, progress_bar)
+        folder = commands.import_hf(args.hf, args.out, dtype, new_model(args), bar)
         print(f"{folder}: weights of {args.hf}; start from them with training.init_from={args.out}")
     elif args.command == "export":
-        count = commands.export(args.ckpt, args.out, args.experts, dtype, args.tokenizer, progress_bar)
+        count = commands.export(args.ckpt, args.out, args.experts, dtype, args.tokenizer, bar)
         print(f"{args.out}: {count} tensors of {args.ckpt}")
     else:
-        return 0 if commands.verify(args.hf, args.ckpt, dtype, progress_bar) else 1
+        return 0 if commands.verify(args.hf, args.ckpt, dtype, bar) else 1
     return 0
 
 
-def progress_bar(items: Iterable, total: int) -> Iterator:
-    from rich.console import Console
-    from rich.progress import track
+def new_model(args: argparse.Namespace) -> Any:
+    """What --indexers and the options beside it say; None for a folder that is imported as it is."""
+    from megatron_keye.config.load import load_recipe
+    from megatron_keye.conversion.commands import Start
+    from megatron_keye.errors import UserError
 
-    yield from track(items, "tensors", total=total, console=Console(stderr=True))
+    new = (args.vision_hf, args.indexers, args.projector, args.vision, args.seed, args.recipe)
+    if args.overrides and args.recipe is None:
+        raise UserError(f"{args.overrides[0]}: overrides are of a recipe; give --recipe too")
+    if all(value is None for value in new):
+        return None
+    recipe = None if args.recipe is None else load_recipe(args.recipe, args.overrides)
+    seed = args.seed if args.seed is not None else recipe.training.seed if recipe else Start.seed
+    return Start(
+        vision_hf=args.vision_hf,
+        draw_indexers=args.indexers is not None,
+        draw_vision=args.vision is not None,
+        draw_projector=args.projector is not None,
+        model=recipe.model if recipe else None,
+        seed=seed,
+    )
 
 
 if __name__ == "__main__":

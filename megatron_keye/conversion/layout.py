@@ -21,6 +21,7 @@ from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.config.recipe import Recipe
 from megatron_keye.errors import UserError
 from megatron_keye.model.hf_files import fused
+from megatron_keye.model.hf_stream import lazy
 from megatron_keye.model.keye import VisionTower
 from megatron_keye.model.language import LanguageModel
 from megatron_keye.model.names import links, local_shard, released_shapes
@@ -37,9 +38,9 @@ def exported_shapes(preset: str, experts: str, tensor: int, expert: int, pipelin
         tensor=tensor, expert=expert, pipeline=pipeline, expert_tensor=tensor if expert == 1 else 1
     )
     shapes = whole_shapes(cfg, parallel)
-    named = ((name, torch.empty(shapes[name], device="meta")) for name in sorted(shapes, key=_order))
+    named = ((name, lazy(torch.empty(shapes[name], device="meta"))) for name in sorted(shapes, key=_order))
     for name, value in fused(named) if experts == "fused" else named:
-        yield name, tuple(value.shape)
+        yield name, value.shape
 
 
 def whole_shapes(cfg: ModelConfig, parallel: ParallelConfig) -> dict[str, Shape]:

@@ -1,26 +1,24 @@
-"""The model inside a training checkpoint, read a layer at a time: any layout wrote it, one process reads it."""
+"""The model inside a training checkpoint, read a parameter at a time: any layout wrote it, one process reads it."""
 
 from __future__ import annotations
 
-import itertools
-import re
+import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch import nn
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_keye.config import schema
 from megatron_keye.config.model import ModelConfig
+from megatron_keye.conversion.entries import Entry, entries
+from megatron_keye.conversion.progress import Progress, quiet
 from megatron_keye.conversion.regions import Region, Regions
 from megatron_keye.errors import UserError
-from megatron_keye.model.keye import KeyeModel
-from megatron_keye.model.names import Link, links
+from megatron_keye.model.hf_stream import Lazy, Named
 from megatron_keye.training import checkpoint
-from megatron_keye.training.model_state import model_state
 
 MASTER = "optimizer.state.param."  # before a model key: the optimizer's fp32 copy of that parameter
 
@@ -45,35 +43,38 @@ class Stored:
     frozen has none, and its bf16 value is all there is of it (`frozen` counts those).
     """
 
-    def __init__(self, path: str | Path, dtype: torch.dtype | None = None):
+    def __init__(self, path: str | Path, dtype: torch.dtype | None = None, progress: Progress = quiet):
         self.folder, self.dtype, self.frozen = locate(path), dtype, 0
-        checkpoint.verify(self.folder)
+        self.sums: dict[str, Any] = json.loads((self.folder / "checksums.json").read_text())
+        self._verify(progress)
         where = str(self.folder / "model.json")
         saved = checkpoint.saved_model(self.folder)
         self.cfg: ModelConfig = schema.instance(ModelConfig, schema.typed(ModelConfig, saved, where), where)
         self.regions = Regions(self.folder)
-        with torch.device("meta"):
-            model = KeyeModel(self.cfg)
-        state = model_state([model.language_model], model.visual)
-        self._entries = {
-            **_wanted(model.language_model, "language_model.", state["model"], self.cfg),
-            **_wanted(model.visual, "visual.", state["visual"], self.cfg),
-        }
+        self._entries = entries(self.cfg)[2]
         self._check()
 
-    def __len__(self) -> int:
-        return sum(len(link.released) for _, link in self._entries.values())
+    def tensors(self) -> Iterator[Named]:
+        """(canonical released name, tensor), layer by layer. Tensors of one parameter, asked for in turn, cost one read."""
+        for entry in self._entries:
+            reading = _Reading(self, entry)
+            dtype = self.dtype or self.regions.dtype(entry.parts[0].key)
+            for i, (name, shape) in enumerate(zip(entry.link.released, entry.released_shapes)):
+                yield name, Lazy(shape, dtype, partial(reading.get, i))
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(canonical released name, tensor), layer by layer."""
-        for _, layer in itertools.groupby(self._entries, key=_layer):
-            parts = {name: _parts(self._entries[name][0]) for name in layer}
-            read = self.regions.read(self._region(part) for its in parts.values() for part in its)
-            for name, its in parts.items():
-                link = self._entries[name][1]
-                whole = torch.cat([read.pop(self._region(part)).reshape(part.local_shape) for part in its])
-                for released, tensor in zip(link.released, link.split(whole)):
-                    yield released, tensor if self.dtype is None else tensor.to(self.dtype)
+    def read(self, entry: Entry) -> list[torch.Tensor]:
+        """The released tensors that one parameter stands for."""
+        regions = [self._region(part) for part in entry.parts]
+        read = self.regions.read(regions)
+        its = [read[region].reshape(part.local_shape) for region, part in zip(regions, entry.parts)]
+        whole = its[0] if len(its) == 1 else torch.cat(its)
+        return [tensor if self.dtype is None else tensor.to(self.dtype) for tensor in entry.link.split(whole)]
+
+    def _verify(self, progress: Progress) -> None:
+        with progress("checking", sum(size for _, size in self.sums.values())) as advance:
+            for i, name in enumerate(sorted(self.sums)):  # the order in which `verify` deals files out
+                checkpoint.verify(self.folder, i, len(self.sums))
+                advance(self.sums[name][1])
 
     def _region(self, part: ShardedTensor) -> Region:
         sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
@@ -84,14 +85,13 @@ class Stored:
         return MASTER + key if wants_master and MASTER + key in self.regions.tensors else key
 
     def _check(self) -> None:
-        keys = dict.fromkeys(entry.key for entry, _ in self._entries.values())
         held = self.regions.tensors
-        missing = [key for key in keys if key not in held]
-        if missing:
+        keys = [entry.parts[0].key for entry in self._entries]  # the parts of one are parts of one tensor
+        if missing := list(dict.fromkeys(key for key in keys if key not in held)):
             raise UserError(
                 f"{self.folder}: {missing[0]} is missing ({len(missing)} in all), so its model.json is of another model"
             )
-        narrow = [e.key for e, _ in self._entries.values() if self.regions.dtype(e.key) is not torch.float32]
+        narrow = [key for key in keys if self.regions.dtype(key) is not torch.float32]
         if self.dtype is not torch.float32 or not narrow:
             return
         self.frozen = sum(MASTER + key not in held for key in narrow)
@@ -102,21 +102,13 @@ class Stored:
             )
 
 
-def _parts(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """What a parameter is stored as: itself, or the gate's rows and then the up projection's."""
-    return list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+class _Reading:
+    """The tensors of one parameter: read when the first is asked for, let go when each was."""
 
+    def __init__(self, stored: Stored, entry: Entry):
+        self._stored, self._entry, self._held = stored, entry, {}  # type: Stored, Entry, dict[int, torch.Tensor]
 
-def _wanted(
-    module: nn.Module | None, prefix: str, state: dict[str, Any], cfg: ModelConfig
-) -> dict[str, tuple[Any, Link]]:
-    """parameter name -> (its sharded entry, its link)"""
-    if module is None:
-        return {}
-    return {prefix + name: (state[prefix + name], link) for name, _, link in links(module, cfg)}
-
-
-def _layer(name: str) -> str:
-    """What is read together: a layer, or all of a module's other parameters that follow one another."""
-    match = re.match(r"(.+?\.layers\.\d+)\.", name)
-    return match[1] if match else name.split(".")[0]
+    def get(self, i: int) -> list[torch.Tensor]:
+        if i not in self._held:
+            self._held = dict(enumerate(self._stored.read(self._entry)))
+        return [self._held.pop(i)]

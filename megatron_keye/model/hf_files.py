@@ -7,6 +7,7 @@ transposed (`gate_up_proj` [E, hidden, 2 ffn], `down_proj` [E, ffn, hidden]), ex
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_keye.errors import UserError
+from megatron_keye.journal import Advance, Journal, finished_files, forget, ignore
+from megatron_keye.model.hf_stream import Lazy, Named, header_of, lazy, shards, write_shard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -162,9 +164,9 @@ def _unfused(stacked: torch.Tensor, part: str) -> torch.Tensor:
     return (gate if part == "gate_proj" else up).T
 
 
-def fused(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Per-expert matrices -> stacked ones, a layer at a time; everything else as it comes."""
-    layer, parts = "", {}  # type: tuple[str, dict[tuple[int, str], torch.Tensor]]
+def fused(tensors: Iterable[Named]) -> Iterator[Named]:
+    """Per-expert matrices -> stacked ones, made expert by expert; everything else as it comes."""
+    layer, parts = "", {}  # type: tuple[str, dict[tuple[int, str], Lazy]]
     for name, tensor in tensors:
         expert = SEPARATE.fullmatch(name)
         if (expert[1] if expert else "") != layer:
@@ -177,17 +179,27 @@ def fused(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, to
     yield from _stacked(layer, parts)
 
 
-def _stacked(layer: str, parts: dict[tuple[int, str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    if parts:
-        experts = range(len(parts) // 3)
-        pairs = [torch.cat([parts[e, "gate_proj"], parts[e, "up_proj"]]).T for e in experts]
-        yield f"{layer}gate_up_proj", torch.stack(pairs)
-        yield f"{layer}down_proj", torch.stack([parts[e, "down_proj"].T for e in experts])
+def _stacked(layer: str, parts: dict[tuple[int, str], Lazy]) -> Iterator[Named]:
+    if not parts:
+        return
+    experts = range(len(parts) // 3)
+    dtype, (ffn, hidden) = parts[0, "gate_proj"].dtype, parts[0, "gate_proj"].shape
+
+    def pairs() -> Iterator[torch.Tensor]:
+        for e in experts:
+            yield torch.cat([parts[e, "gate_proj"].get(), parts[e, "up_proj"].get()]).T
+
+    def downs() -> Iterator[torch.Tensor]:
+        for e in experts:
+            yield parts[e, "down_proj"].get().T
+
+    yield f"{layer}gate_up_proj", Lazy((len(experts), hidden, 2 * ffn), dtype, pairs)
+    yield f"{layer}down_proj", Lazy((len(experts), ffn, hidden), dtype, downs)
 
 
 def write(
     folder: str | Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, Lazy | torch.Tensor]],
     experts: str = "fused",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -197,55 +209,78 @@ def write(
 
 
 def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], experts: str = "fused", shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    tensors: Iterable[tuple[str, Lazy | torch.Tensor]],
+    experts: str = "fused",
+    shard_bytes: int = SHARD_BYTES,
+    journal: Journal | None = None,
+    advance: Advance = ignore,
 ) -> None:
-    """As `write`, into a folder that exists. Holds one shard (and a layer's experts) in memory."""
+    """As `write`, into a folder that exists; shards that `journal` knows as finished stay. `advance` gets bytes."""
     if experts not in ("fused", "separate"):
         raise UserError(f"experts = {experts!r} is neither 'fused' nor 'separate'")
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        nonlocal shard, size
-        if shard:
-            save_file(shard, str(folder / f"{len(shards)}.part"), metadata={"format": "pt"})
-            shards.append(list(shard))
-            shard, size = {}, 0
-
-    for name, tensor in fused(tensors) if experts == "fused" else tensors:
-        if size and size + tensor.nbytes > shard_bytes:
-            flush()
-        shard[name] = tensor.detach().cpu().contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"{i}.part", folder / file)
-        weight_map.update(dict.fromkeys(names, file))
+    named = ((name, tensor if isinstance(tensor, Lazy) else lazy(tensor)) for name, tensor in tensors)
+    runs = shards(fused(named) if experts == "fused" else named, shard_bytes)
+    journal = journal or Journal(folder)
+    weight_map, total = {}, 0
+    for i, run in enumerate(runs):
+        file = f"model-{i + 1:05d}-of-{len(runs):05d}.safetensors"
+        if journal.finished(file, advance) is None:
+            with journal.writing(file, []) as stream:
+                write_shard(stream, run, advance)
+        for name, size in header_of(folder / file):  # the index says what the files hold, not what was meant
+            weight_map[name], total = file, total + size
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def publishing(folder: str | Path) -> Iterator[Path]:
+def publishing(folder: str | Path, resume: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes its name when the block ends and is gone when the block fails.
 
+    With `resume` it stays where a Journal in it tells of finished files, and the next block for the same folder finds it.
     Raises UserError where `folder` holds something already, and for a disk that refuses to be written to.
     """
-    folder = Path(folder).resolve()
+    folder, kept = Path(folder).resolve(), 0
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; remove it or name another folder")
     draft = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
-        os.replace(draft, folder)
+        draft.mkdir(parents=True, exist_ok=True)
+        with _claim(draft):
+            try:
+                if not resume:
+                    _empty(draft)
+                yield draft
+                forget(draft)
+                os.replace(draft, folder)
+            finally:
+                kept = finished_files(draft) if resume else 0
+                if not kept:
+                    shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} could not be written ({error}); nothing was left behind; free space there or name another folder"
-        ) from error
+        advice = (
+            f"{kept} finished files are kept in {draft}; free space, and the same command goes on from there"
+            if kept
+            else "nothing was left behind; free space there or name another folder"
+        )
+        raise UserError(f"{folder} could not be written ({error}); {advice}") from error
+
+
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """One process at a time; the kernel lets go of it when the process ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is being written by another process; wait for it, or stop it") from error
+        yield
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for item in folder.iterdir():
+        shutil.rmtree(item) if item.is_dir() else item.unlink()

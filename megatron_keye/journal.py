@@ -1,0 +1,125 @@
+"""A long write in files that each appear whole, so that a killed one goes on where it stopped.
+
+Every finished file is synced to disk, renamed into place and entered with its checksum in `.journal.json`. A later
+process that writes the same thing into the folder checks those files against their checksums and writes the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+NAME = ".journal.json"
+BLOCK = 1 << 22  # bytes read or written at once
+Advance = Callable[[int], object]  # told how many bytes were dealt with
+
+
+def ignore(_: int) -> None:
+    """An Advance for when nobody watches."""
+
+
+class Journal:
+    """`source`: JSON values that say what is written; files that a journal of another source lists are removed."""
+
+    def __init__(self, folder: Path, source: dict[str, Any] | None = None):
+        self.folder = folder
+        source = json.loads(json.dumps(source or {}))  # as it will be read
+        self._said: dict[str, Any] = {"source": source, "files": {}}
+        before = _read(folder)
+        if before["source"] == source:
+            self._said = before
+        for name in [*(before["files"] if self._said is not before else ()), *(f.name for f in folder.glob("*.part"))]:
+            (folder / name).unlink(missing_ok=True)
+
+    def finished(self, name: str, advance: Advance = ignore) -> list[Any] | None:
+        """The record of a file that is there, whole and unchanged; None for one to be written."""
+        entry = self._said["files"].get(name)
+        file = self.folder / name
+        if entry is None or not file.is_file() or file.stat().st_size != entry["size"]:
+            return None
+        with file.open("rb") as stream:
+            if _checksum(stream) != entry["crc"]:
+                return None
+        advance(entry["size"])
+        return entry["record"]
+
+    @contextmanager
+    def writing(self, name: str, record: list[Any]) -> Iterator[Summed]:
+        """A stream whose content becomes the file `name` when the block ends; `record` may be filled meanwhile."""
+        part = self.folder / f"{name}.part"
+        with part.open("wb") as file:
+            stream = Summed(file)
+            try:
+                yield stream
+            except Exception:
+                if stream.failure is not None:  # torch.save would hide it behind an error of its own
+                    raise stream.failure from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.folder / name)
+        self._said["files"][name] = {"crc": stream.crc, "size": stream.size, "record": record}
+        draft = self.folder / f"{NAME}.part"
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump(self._said, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, self.folder / NAME)
+
+    def sums(self, name: str) -> list[int] | None:
+        """crc32 and size of a finished file; None for any other."""
+        entry = self._said["files"].get(name)
+        return entry and [entry["crc"], entry["size"]]
+
+    @staticmethod
+    def owns(name: str) -> bool:
+        """It is the journal's own and goes when the whole is written."""
+        return name == NAME
+
+
+class Summed:
+    """Writes to a file and keeps the crc32 and the size of what went there."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.crc, self.size = file, 0, 0
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.crc, self.size = zlib.crc32(view, self.crc), self.size + view.nbytes
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
+        return view.nbytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def forget(folder: Path) -> None:
+    """The whole is written: nothing of the journal stays."""
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def finished_files(folder: Path) -> int:
+    """How many files a write that did not end has left in `folder` to go on from."""
+    return len(_read(folder)["files"])
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / NAME
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"source": None, "files": {}}
+
+
+def _checksum(stream: BinaryIO) -> int:
+    crc = 0
+    while block := stream.read(BLOCK):
+        crc = zlib.crc32(block, crc)
+    return crc
