@@ -12,6 +12,6 @@ GREATEST = tl.constexpr(2**31 - 1)  # the order of NaN
 @triton.jit
 def order_of(score):
     """fp32 -> int32 that compares as the scores do: -0.0 equals 0.0, and NaN is above +inf, so that it shows."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(score == score, order, GREATEST)
