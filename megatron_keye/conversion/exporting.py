@@ -16,8 +16,7 @@ from megatron_keye.conversion.parts import Say
 from megatron_keye.conversion.progress import Progress, quiet
 from megatron_keye.conversion.stored import Stored
 from megatron_keye.journal import Journal
-from megatron_keye.model.hf import _save as save_processor
-from megatron_keye.model.hf_config import write_config
+from megatron_keye.model.hf import default_experts, write_beside
 from megatron_keye.model.hf_files import SHARD_BYTES, publishing, write_tensors
 
 
@@ -40,15 +39,13 @@ def export(
     if stored.frozen:
         say(f"{stored.frozen} parameters were frozen and have no fp32 master copy: their stored values are exact")
     processor = _processor(stored.folder, tokenizer, say)
-    experts = experts or ("fused" if stored.cfg.vision_layers else "separate")
+    experts = experts or default_experts(stored.cfg)
     tensors = list(stored.tensors())
     with publishing(out, resume=True) as draft:
         source = {"sums": stored.sums, "experts": experts, "dtype": str(dtype), "shard_bytes": shard_bytes}
         with progress("writing", sum(tensor.nbytes for _, tensor in tensors)) as advance:
             write_tensors(draft, tensors, experts, shard_bytes, Journal(draft, source), advance)
-        write_config(stored.cfg, draft, str(tensors[0][1].dtype).removeprefix("torch."))
-        if processor is not None:
-            save_processor(processor, draft)
+        write_beside(draft, stored.cfg, tensors[0][1].dtype, processor)
     return len(tensors)
 
 

@@ -13,14 +13,14 @@ from megatron.core import dist_checkpointing
 
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.conversion.entries import Entry, entries
-from megatron_keye.conversion.parts import Joined, Say, Source, Start, start_config
+from megatron_keye.conversion.parts import Joined, Say, Start, start_config
 from megatron_keye.conversion.progress import Progress, quiet
 from megatron_keye.conversion.streamed import FILE_BYTES, Streamed
 from megatron_keye.errors import UserError
 from megatron_keye.journal import Journal
-from megatron_keye.model.hf import _check as check_tensors
+from megatron_keye.model.hf import check_tensors
 from megatron_keye.model.hf_config import read_config
-from megatron_keye.model.hf_files import Checkpoint, publishing
+from megatron_keye.model.hf_files import Checkpoint, Source, publishing
 from megatron_keye.training import checkpoint
 
 
@@ -44,7 +44,7 @@ def import_hf(
     files = Checkpoint(hf)
     model, state, wanted = entries(cfg)
     source: Source = files if start is None else Joined(files, start, wanted, cfg, say)
-    check_tensors(source, cfg, model.parts)  # type: ignore[arg-type]
+    check_tensors(source, cfg, model.parts)
     dtypes = _dtypes(wanted, source, dtype)
 
     def value(entry: Entry) -> torch.Tensor:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,24 +16,12 @@ from megatron_keye.config.model_values import model_errors
 from megatron_keye.conversion.entries import Entry
 from megatron_keye.errors import UserError
 from megatron_keye.model.hf_config import LANGUAGE, VISION, read_config
-from megatron_keye.model.hf_files import Checkpoint
+from megatron_keye.model.hf_files import Checkpoint, Source
 from megatron_keye.model.init import draw
 
 INDEXERS, VIT, PROJECTOR = ".sa_indexer.", "visual.", "mlp_AR."
 HEAD = "visual.vision_model.head."  # SigLIP's pooling head: in some folders, in no Keye
 Say = Callable[[str], None]
-
-
-class Source(Protocol):
-    """Released tensors by canonical name; hf_files.Checkpoint is one."""
-
-    folder: Path
-
-    def names(self) -> list[str]: ...
-    def __contains__(self, name: str) -> bool: ...
-    def shape(self, name: str) -> list[int]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def get(self, name: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron_keye.config.model import ModelConfig, check_same_model
 from megatron_keye.errors import UserError
 from megatron_keye.hf_release.shipping import ship_model, ship_processor
 from megatron_keye.model.hf_config import read_config, write_config
-from megatron_keye.model.hf_files import Checkpoint, publishing, write_tensors
+from megatron_keye.model.hf_files import Checkpoint, Source, publishing, write_tensors
 from megatron_keye.model.keye import KeyeModel
 from megatron_keye.model.names import links, load_released, released_shapes, released_tensors
 
@@ -56,8 +56,10 @@ def to_hf(
     takes the model's own. tokenizer: a folder or file whose tokenizer goes along, with the preprocessor configurations.
     Raises UserError when `folder` is not empty or cannot be written.
     """
-    dtype = next(model.parameters()).dtype
-    write_folder(folder, model.cfg, exported(model), dtype, experts, tokenizer)
+    processor = _processor(tokenizer, model.cfg)
+    with publishing(folder) as draft:
+        write_tensors(draft, exported(model), experts or default_experts(model.cfg))
+        write_beside(draft, model.cfg, next(model.parameters()).dtype, processor)
 
 
 def exported(model: KeyeModel) -> Iterator[Named]:
@@ -66,26 +68,20 @@ def exported(model: KeyeModel) -> Iterator[Named]:
         yield from released_tensors(part, model.cfg)
 
 
-def write_folder(
-    folder: str | Path,
-    cfg: ModelConfig,
-    tensors: Iterable[Named],
-    dtype: torch.dtype,
-    experts: str | None = None,
-    tokenizer: str | Path | Processor | None = None,
-) -> None:
-    """As `to_hf`, from tensors of `dtype` by canonical name, written as they come."""
-    experts = experts or ("fused" if cfg.vision_layers else "separate")
-    processor = _processor(tokenizer, cfg)
-    with publishing(folder) as draft:
-        write_tensors(draft, tensors, experts)
-        write_config(cfg, draft, str(dtype).removeprefix("torch."))
-        if cfg.vision_layers:  # plain Qwen3-MoE is transformers' own
-            ship_model(draft)
-        if processor is not None:
-            _save(processor, draft)
-            if cfg.vision_layers:
-                ship_processor(draft)
+def default_experts(cfg: ModelConfig) -> str:
+    """As each model is released: Keye's experts fused, plain Qwen3-MoE's separate."""
+    return "fused" if cfg.vision_layers else "separate"
+
+
+def write_beside(folder: Path, cfg: ModelConfig, dtype: torch.dtype, processor: Processor | None) -> None:
+    """All of a Hugging Face folder but its tensors: configurations, and the code that runs them."""
+    write_config(cfg, folder, str(dtype).removeprefix("torch."))
+    if cfg.vision_layers:  # plain Qwen3-MoE is transformers' own
+        ship_model(folder)
+    if processor is not None:
+        _save(processor, folder)
+        if cfg.vision_layers:
+            ship_processor(folder)
 
 
 def _save(processor: Processor, folder: Path) -> None:
@@ -104,20 +100,15 @@ def _processor(tokenizer: str | Path | Processor | None, cfg: ModelConfig) -> Pr
     return Processor(load_tokenizer(tokenizer), settings)
 
 
-def fill(
-    files: Checkpoint,
-    cfg: ModelConfig,
-    modules: Sequence[nn.Module],
-    read: Callable[[str], torch.Tensor] | None = None,
-) -> None:
-    """Fill this rank's modules; every rank calls it. `read` stands in for `files.get`, to watch the progress."""
-    _check(files, cfg, modules)
+def fill(files: Checkpoint, cfg: ModelConfig, modules: Sequence[nn.Module]) -> None:
+    """Fill this rank's modules; every rank calls it."""
+    check_tensors(files, cfg, modules)
     for module in modules:
-        load_released(module, cfg, read or files.get)
+        load_released(module, cfg, files.get)
 
 
-def _check(files: Checkpoint, cfg: ModelConfig, modules: Sequence[nn.Module]) -> None:
-    """Names and shapes, agreed between all ranks, so that all of them stop."""
+def check_tensors(files: Source, cfg: ModelConfig, modules: Sequence[nn.Module]) -> None:
+    """Every released tensor is there in its shape, and none is left over. The ranks agree, so that all of them stop."""
     position = {name: i for i, name in enumerate(files.names())}
     used = torch.zeros(len(position), dtype=torch.uint8, device=torch.cuda.current_device())
     missing, misshapen = [], []

@@ -15,7 +15,7 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,18 @@ SHARD_BYTES = 5_000_000_000
 FUSED = re.compile(r"(.+\.mlp\.experts\.)(gate_up_proj|down_proj)")
 SEPARATE = re.compile(r"(.+\.mlp\.experts\.)(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+class Source(Protocol):
+    """Released tensors by canonical name."""
+
+    folder: Path
+
+    def names(self) -> list[str]: ...
+    def __contains__(self, name: str) -> bool: ...
+    def shape(self, name: str) -> list[int]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def get(self, name: str) -> torch.Tensor: ...
 
 
 class Checkpoint:

@@ -54,4 +54,4 @@ def write(folder: Path, layers: int = 4) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(f"{write(Path(sys.argv[1]), int((*sys.argv[2:], 4)[0])):,} bytes")
+    print(f"{write(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 4):,} bytes")
