@@ -32,7 +32,7 @@ def axis_of_frequency(sections: list[int], layout: str) -> list[int]:
 
 
 def inverse_frequencies(theta: float, dim: int, device: torch.device) -> torch.Tensor:
-    """fp32 [dim / 2], rounded as transformers and the serving engines do: in position 262,143 another last bit is 0.02 rad."""
+    """fp32 [dim / 2], rounded as transformers and the serving engines do: at position 262,143 another last bit is 0.008 rad."""
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 

@@ -28,7 +28,7 @@ class Result:
 
     loss: float
     balance: float | None
-    logits: list[Tensor]  # [b, S, V] of each micro-batch; none where this is not the last stage
+    logits: list[Tensor]  # [b, S, V] of each micro-batch; none off the last stage, nor of context shards
     gradients: dict[str, Tensor]
     tensor_rank: int
     data_rank: int
@@ -56,7 +56,7 @@ def step(layout: dict, cfg: ModelConfig, weights: dict[str, Tensor], rows: list,
     ]
     none = np.zeros((0, 3, 14, 14))
     batches = [to_batch([(row, [], none) for row in mine[i : i + 2]], SEQ_LENGTH) for i in range(0, len(mine), 2)]
-    logits = forward(engine, batches)
+    logits = [] if recipe.parallel.context > 1 else forward(engine, batches)
     result = engine.step(batches)
     return Result(
         result.lm_loss,

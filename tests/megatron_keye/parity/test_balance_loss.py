@@ -70,7 +70,7 @@ def four_layers() -> dict:
     return {"cfg": cfg, "model": model, "rows": rows, "losses": losses.detach(), "gradients": gradients}
 
 
-@pytest.mark.parametrize("name", ["one process", "tensor 2", "expert 2", "pipeline 2"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_ours_is_theirs_layer_by_layer_and_row_by_row(name: str, four_layers: dict):
     cfg = four_layers["cfg"]
     gradients, logged = our_gradients(cfg, name, four_layers["model"], four_layers["rows"])

@@ -1,7 +1,7 @@
 """Rotary positions against transformers: Qwen2.5-VL's chunked sections, Qwen3-VL's interleaved ones, PaddleOCR-VL's 2D.
 
 The same: frequencies, which axis turns which frequency, rotate-half, everything in fp32. So the comparison is of bits: both
-sides do the same operations in the same order, and an angle of position 262,143 would show another rounding by 0.02 rad.
+sides do the same operations in the same order, and an angle of position 262,143 would show another rounding by 0.008 rad.
 Gradients too: the way back is the same products.
 Not the same: Qwen3-VL's text model rotates in the dtype of the activations, we always in fp32 (as Qwen2.5-VL's vision does).
 """
