@@ -153,6 +153,7 @@ class KeyeVL2MoeForConditionalGeneration(KeyeVL2PreTrainedModel, KeyeVL2Generati
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but a checkpoint that does not fill this model exactly is a ValueError."""
+        kwargs["ignore_mismatched_sizes"] = True  # they are named below
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         faults = {
             "missing": "missing_keys",
@@ -204,7 +205,9 @@ class KeyeVL2MoeForConditionalGeneration(KeyeVL2PreTrainedModel, KeyeVL2Generati
         t = 1 for each picture or frame, dealt out to the rows in order. labels [B, T]: shifted here, -100 ignored; the
         language-model loss alone. past_key_values: DynamicCache(config=model.config). ValueError where inputs disagree.
         """
-        if unknown := sorted(key for key, value in kwargs.items() if key not in IGNORED and value not in (None, False)):
+        if unknown := sorted(
+            key for key, value in kwargs.items() if key not in IGNORED and value is not None and value is not False
+        ):
             raise ValueError(f"{', '.join(unknown)}: not supported by this model")
         B, T = input_ids.shape
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
@@ -227,7 +230,8 @@ class KeyeVL2MoeForConditionalGeneration(KeyeVL2PreTrainedModel, KeyeVL2Generati
             position_ids = position_ids.expand(3, -1, -1)
 
         x = self.model.embed_tokens(input_ids)
-        pictures_of_rows(input_ids, grid, self.picture_ids)  # counts agree, or a ValueError
+        if len(grid) or not past:  # behind a cache, a picture token that was generated is a token like any other
+            pictures_of_rows(input_ids, grid, self.picture_ids)  # counts agree, or a ValueError
         if len(grid):
             if pixel_values is None:
                 raise ValueError("grid_thw describes pictures, but there are no pixel_values")
