@@ -74,6 +74,16 @@ def padded_dim(dim: int) -> int:
     return max(16, power_of_two(dim))
 
 
+def cheaper(view: View, words: Tensor | None = None) -> View:
+    """The view itself, or the same keys contiguous where the blocks use so much of their windows that gathering is dearer.
+
+    words are those that the union was made of, where they are still alive; else they are rebuilt.
+    """
+    if view.union is None or not prefers_contiguous(view.union.keys.numel(), view.chunk):
+        return view
+    return View(view.chunk, view.windows, words=words_from_union(view.union, view.chunk) if words is None else words)
+
+
 def prefers_contiguous(union_entries: int, chunk: Chunk) -> bool:
     """Whether the chunk's windows are so densely used that reading them whole beats gathering the union's entries."""
     share = union_entries / max(chunk.window_entries, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from keye_kernels.dsa.reference import _attend
+from keye_kernels.dsa import reference
 from keye_kernels.dsa.triton_backend.attention_forward import forward
 
 # Of out, relative to its norm: rounding of the weights and of the result to the inputs' type. lse is float32 throughout.
@@ -18,7 +18,7 @@ def check(device, make_inputs, make_case):
     def run(arrangement, source, share, heads=(4, 2), dim=32, dtype=torch.float32, scale=0.3):
         case = make_case(arrangement, share)
         q, k, v = (x.to(dtype) for x in make_inputs(case.T, case.S, heads, dim)[:3])
-        want, want_lse, _ = _attend(q.double(), k.double(), v.double(), case.mask, scale)
+        want, want_lse, _ = reference._attend(q.double(), k.double(), v.double(), case.mask, scale)
         out = torch.full_like(q, torch.nan, device=device)
         lse = torch.full(q.shape[:2], torch.nan, device=device)
         for view in case.views(source):
