@@ -52,6 +52,7 @@ class KeyeVL2Config(PreTrainedConfig):
 
     model_type = "KeyeVL2"
     keys_to_ignore_at_inference = ("past_key_values",)
+    default_theta = 1e7  # what transformers takes where none is given
 
     vocab_size: int = 151_936
     hidden_size: int = 2048

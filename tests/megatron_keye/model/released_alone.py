@@ -1,9 +1,10 @@
 """Run by test_hf_release.py in a process of its own: an exported folder under transformers, without this stack.
 
-    python -P released_alone.py FOLDER REQUESTS ANSWERS
+    python -P released_alone.py FOLDER REQUESTS ANSWERS SAVED
 
 REQUESTS: a JSON list of {"name", "conversations": [messages, ...], "mode", "gradients"}; ANSWERS: a torch file with, by name,
-"inputs", "logits" [B, T, V], "selected" (for each layer bool [T, S] of each row), "tokens" int64 [B, 32], "loss" and "gradients".
+"inputs", "logits" [B, T, V], "selected" (for each layer bool [T, S] of each row), "tokens" int64 [B, 32], "loss" and "gradients". SAVED: where both are saved
+and loaded from again.
 """
 
 from __future__ import annotations
@@ -53,7 +54,20 @@ def answer(model, processor, request: dict, selected: list[torch.Tensor]) -> dic
     return found
 
 
-def main(folder: str, requests: str, answers: str) -> None:
+def save_and_load(model, processor, folder: str, request: dict) -> None:
+    """What save_pretrained wrote is as good as the exported folder."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    inputs = [
+        which.apply_chat_template(request["conversations"][0], tokenize=True)
+        for which in (processor, AutoProcessor.from_pretrained(folder, trust_remote_code=True))
+    ]
+    assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in inputs[0])
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def main(folder: str, requests: str, answers: str, saved: str) -> None:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     attention: Any = sys.modules[type(model.model.layers[0].self_attn).__module__]
@@ -66,7 +80,9 @@ def main(folder: str, requests: str, answers: str) -> None:
 
     attention.select_keys = recorded
     with open(requests) as file:
-        found = {request["name"]: answer(model, processor, request, selected) for request in json.load(file)}
+        asked = json.load(file)
+    found = {request["name"]: answer(model, processor, request, selected) for request in asked}
+    save_and_load(model, processor, saved, asked[-1])
     assert not any(name.partition(".")[0] in STACK for name in sys.modules)
     torch.save(found, answers)
 
