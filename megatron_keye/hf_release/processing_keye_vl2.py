@@ -4,11 +4,11 @@
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
     model.generate(**inputs)
 
-Messages are OpenAI's: {"role", "content": text or parts}. A part is {"type": "text", "text"}, {"type": "image", "image"} or
-{"type": "video", "video"}, or image_url / video_url with {"url"}. A picture is a PIL image, a path, bytes or a data: URL; a clip
-is a path, bytes or a data: URL. Nothing is fetched from the network. In an exported folder the keye_data_*.py files beside this
-one are the training stack's sources, with their imports made relative.
+Messages are OpenAI's: {"role", "content": text or parts}. A part is {"type": "text", "text"}, {"type": "image", "image"},
+{"type": "video", "video"}, or image_url / video_url with {"url"}; "path" and "url" may stand for "image" and "video". A picture
+is a PIL image, a path, bytes or a data: URL; a clip is a path, bytes or a data: URL. Nothing is fetched from the network.
 
+In an exported folder the keye_data_*.py files beside this one are the training stack's sources, their imports made relative.
 Shapes: B rows of at most L tokens, padded on the left unless told otherwise; P patches, N pictures and frames of all rows.
 """
 
@@ -200,7 +200,7 @@ def _named(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[s
         kind = given.get("type") if isinstance(given, dict) else None
         if kind not in ("image", "image_url", "video", "video_url"):
             return given
-        value = given.get(kind)
+        value = next((given[key] for key in (kind, "path", "url") if key in given), None)
         if isinstance(value, dict):
             value = value.get("url")
         short = kind.removesuffix("_url")

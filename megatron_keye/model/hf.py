@@ -53,7 +53,8 @@ def to_hf(
     """Write the model as a Hugging Face folder, which appears whole or not at all.
 
     experts: "fused" (one tensor for a layer's experts, as Keye is released) or "separate" (as plain Qwen3-MoE is); None
-    takes the model's own. tokenizer: a folder or file whose tokenizer goes along, with the preprocessor configurations.
+    takes the model's own. tokenizer: a folder or file whose tokenizer goes along, with the processor. Keye's folder carries
+    the code that transformers needs (hf_release).
     Raises UserError when `folder` is not empty or cannot be written.
     """
     processor = _processor(tokenizer, model.cfg)

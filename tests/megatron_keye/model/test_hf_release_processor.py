@@ -7,6 +7,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,8 @@ def test_every_way_to_give_a_picture(processor, rules, picture):
         {"type": "image", "image": picture},
         {"type": "image", "image": data},
         {"type": "image", "image": Image.open(picture)},
+        {"type": "image", "path": str(picture)},
+        {"type": "image", "url": url},
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "image_url", "image_url": {"url": f"file://{picture}"}},
     ):
@@ -146,6 +149,18 @@ def test_every_way_to_give_a_picture(processor, rules, picture):
     text = processor.apply_chat_template(user({"type": "image", "image": data}), add_generation_prompt=True)
     assert text.startswith("<|im_start|>system\nLook well.") and text.endswith("<|im_start|>assistant\n")
     assert same(processor(text=text, images=[Image.open(picture)]), expected)
+
+
+def test_the_real_vocabulary(tokenizer, picture, tmp_path):
+    save_processor(tokenizer, SETTINGS, tmp_path)
+    shipping.ship_processor(tmp_path)
+    image = {"type": "image", "image": picture.read_bytes()}
+    got: Any = KeyeVL2Processor.from_pretrained(tmp_path).apply_chat_template(
+        user(image), tokenize=True, add_generation_prompt=True
+    )
+    named = user({"type": "image", "image": "p"})
+    assert same(got, Processor(tokenizer, SETTINGS).prompt(named, {"p": image["image"]}))
+    assert got["input_ids"][0].tolist().count(151_655) == 6
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "LA", "P", "I;16", "1"])
