@@ -20,6 +20,10 @@ from .launch import launch
 from .segments import add_segments, segments_of
 
 WORKSPACE_BYTES = 2**31
+PROGRAMS = (
+    264  # two for each of 132 processors. A constant, lest another device add up the queries' gradients otherwise
+)
+KEYS_PER_PROGRAM = 512  # at least
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Tiles:
 
 # Hi x Di = 16 x 64, bf16, Triton 3.6. Registers / spills / bytes of shared memory:
 #                   sm_80              sm_90 (wgmma)      sm_100 (tcgen05)   gfx942 (VGPR)
-#   _rows, atomics  255 / 47 / 61440   254 / 0 / 69632    164 / 0 / 81952    461 / 0
-#   _rows, ordered  255 / 41 / 61440   252 / 0 / 69632    162 / 0 / 81952    461 / 1
-#   _rows, ranges   255 / 22 / 45056   246 / 0 / 53248    186 / 0 / 61472    337 / 0
+#   _rows, atomics  255 / 20 / 61440   252 / 0 / 69632    218 / 0 / 81952    462 / 0
+#   _rows, ordered  255 / 14 / 61440   246 / 0 / 69632    218 / 0 / 81952    462 / 1
+#   _rows, ranges   255 / 34 / 45056   213 / 0 / 53248    216 / 0 / 61472    335 / 0
 #   _keys           255 / 186 / 28928  217 / 0 / 45312    218 / 0 / 61984    448 / 0
-# 64 x 128 (WIDE) on sm_90: 255 / 0 / 135168, 244 / 0 / 86016 (ranges), 171 / 0 / 86016 (_keys). At 16 x 64 sm_90 holds two
+# 64 x 128 (WIDE) on sm_90: 255 / 0 / 135168, 246 / 0 / 86016 (ranges), 171 / 0 / 86016 (_keys). At 16 x 64 sm_90 holds two
 # programs of 4 warps, and 232 registers still do not spill; all 16 heads in one program of 8 warps (256 rows) spill 45.
 HALF = Tiles(rows=128, keys=64, num_warps=4, num_stages=2)
 WIDE = Tiles(rows=128, keys=64, num_warps=8, num_stages=2)  # Di above 64
@@ -68,12 +72,18 @@ def indexer_backward(
         H=num_heads, D=dim, DP=max(triton.next_power_of_2(dim), 16), HEADS=heads, TILE=tiles.keys,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    first_row, last_row = chunk.rows.start, chunk.rows.stop
+    first_row, last_row, num_rows = chunk.rows.start, chunk.rows.stop, chunk.num_rows
     where = (chunk.keys.start, chunk.width, windows.shape[1])
+    longest = chunk.width if union is None else union.widest
+    splits = max(1, min(PROGRAMS // (chunk.num_blocks * parts), triton.cdiv(longest, KEYS_PER_PROGRAM)))
+    if splits > 1:  # few blocks of many keys: each block's keys in several programs, their sums added here
+        to_iq, to_iw = (grad_ik.new_empty(splits, num_rows, *grad.shape[1:]) for grad in (grad_iq, grad_iw))
+    else:
+        to_iq, to_iw = grad_iq[chunk.rows], grad_iw[chunk.rows]
 
     def rows(first_block: int, blocks: int, part: int, parts: int, to: Tensor | None, order: int) -> None:
         launch(
-            _rows, (blocks, parts), d_scores, iq, ik, iw, grad_iq, grad_iw, to, windows,
+            _rows, (blocks, parts, splits), d_scores, iq, ik, iw, to_iq, to_iw, to, windows,
             *((None, None) if union is None else (union.start, union.keys)),
             first_block, part, dim**-0.5, first_row, last_row, *where, UNION=union is not None, KEYS=order, **shape,
         )  # fmt: skip
@@ -96,6 +106,9 @@ def indexer_backward(
             for part in range(parts):
                 rows(first, after - first, part, 1, entries, LAY.value)
                 add_segments(segments, entries, grad_ik)
+    if splits > 1:
+        grad_iq[chunk.rows] = to_iq.sum(0)
+        grad_iw[chunk.rows] = to_iw.sum(0)
 
 
 NO_KEYS, ADD, LAY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -108,11 +121,12 @@ def _rows(
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, UNION: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, part): 16 queries, HEADS heads, all their keys. KEYS: what becomes of the keys' gradients.
+    """Program (block, part, split): 16 queries, HEADS heads, a share of their keys; the last blocks, longest where attention
+    is causal, start first. grad_iq and grad_iw [splits,C,H,...]. KEYS: what becomes of the keys' gradients.
 
     A 16-bit indexer's M_h is rounded to bf16, whose exponents hold any gradient.
     """
-    block = first_block + tl.program_id(0)
+    block = first_block + tl.num_programs(0) - 1 - tl.program_id(0)
     first = first_row + block * 16
     query = tl.arange(0, 16)
     live = first + query < last_row
@@ -128,6 +142,9 @@ def _rows(
     else:
         begin = tl.load(windows + first // 16)
         end = tl.load(windows + num_windows + first // 16)
+    share = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(2)), TILE) * TILE
+    begin += tl.program_id(2) * share
+    end = tl.minimum(end, begin + share)
     for tile in range(begin, end, TILE):
         entry = tile + tl.arange(0, TILE)
         inside = entry < end
@@ -153,6 +170,7 @@ def _rows(
                 tl.store(to, pushed, mask=mask)
     # loaded again rather than kept: they would take up to 64 registers of a thread through the loop
     queries, gates, place, exists = load_heads(iq, iw, first, last_row, first_part + tl.program_id(1), H, D, DP, HEADS)
+    place += (tl.program_id(2).to(tl.int64) * (last_row - first_row) - first_row) * H
     to = grad_iq + place[:, None] * D + dim[None, :]
     tl.store(to, (pulled * gates[:, None]).to(grad_iq.dtype.element_ty), mask=exists[:, None] & (dim < D)[None, :])
     along = tl.sum(pulled * queries.to(tl.float32), 1)

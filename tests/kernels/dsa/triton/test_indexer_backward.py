@@ -74,6 +74,16 @@ def test_half_precision_keeps_small_gradients(device, layout):
 
 
 @both
+def test_the_keys_of_a_block_in_several_programs(device, layout, sparse, monkeypatch):
+    case = make_case(layout, "ragged", device, sparse, pairs=1500, topk=50)
+    want = define(case)
+    monkeypatch.setattr(module, "KEYS_PER_PROGRAM", 16)
+    assert_near(gradients(case, want), want, 2e-6)
+    if sparse:
+        assert_near(gradients(case, want, deterministic=True), want, 2e-6)
+
+
+@both
 def test_a_row_that_sees_nothing_has_no_gradient(device, layout, sparse):
     case = make_case(layout, "ragged", device, sparse)
     got = gradients(case, define(case))
