@@ -5,6 +5,7 @@ Megatron's own loader asks for all parts of a tensor at once, and it stacks ever
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Regions:
         except Exception as error:  # a pickle of many classes: it can fail in as many ways
             raise UserError(f"{folder / '.metadata'} cannot be read ({error}); use another checkpoint") from error
         self.reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._pieces: dict[str, _Pieces] = {}
         self.tensors = {k: t for k, t in metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
 
     def dtype(self, key: str) -> torch.dtype:
@@ -51,13 +53,42 @@ class Regions:
         items: list[ReadItem] = []
         for key, regions in itertools.groupby(sorted(targets, key=lambda r: r.key), key=lambda r: r.key):
             chunks = [ChunkStorageMetadata(torch.Size(r.offsets), torch.Size(r.sizes)) for r in regions]
-            items += create_read_items_for_chunk_list(key, self.tensors[key], chunks)
+            items += create_read_items_for_chunk_list(key, self._near(key, chunks), chunks)
         found = sum(prod(item.lengths) for item in items)
         if found != sum(t.numel() for t in targets.values()):
             names = ", ".join(sorted({region.key for region in targets}))
             raise UserError(f"{self.folder} holds only parts of {names}, or of another shape than its model.json says")
         self.reader.read_data(LoadPlan(items), _Into(targets)).wait()
         return targets
+
+    def _near(self, key: str, wanted: list[ChunkStorageMetadata]) -> TensorStorageMetadata:
+        """The tensor with no other pieces than those that can hold a part of `wanted`.
+
+        A tensor may have thousands, of every layer and expert, and each read would look at them all.
+        """
+        if key not in self._pieces:
+            self._pieces[key] = _Pieces(self.tensors[key].chunks)
+        return dataclasses.replace(self.tensors[key], chunks=self._pieces[key].near(wanted))
+
+
+class _Pieces:
+    """Pieces of a tensor by where they lie in those dimensions in which every piece is one wide."""
+
+    def __init__(self, chunks: list[ChunkStorageMetadata]):
+        self.all = chunks
+        self.dims = [d for d in range(len(chunks[0].sizes)) if all(chunk.sizes[d] == 1 for chunk in chunks)]
+        self.at: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+        for chunk in chunks:
+            self.at.setdefault(self._place(chunk), []).append(chunk)
+
+    def near(self, wanted: list[ChunkStorageMetadata]) -> list[ChunkStorageMetadata]:
+        if any(chunk.sizes[d] != 1 for chunk in wanted for d in self.dims):
+            return self.all
+        places = dict.fromkeys(self._place(chunk) for chunk in wanted)
+        return [chunk for place in places for chunk in self.at.get(place, [])]
+
+    def _place(self, chunk: ChunkStorageMetadata) -> tuple[int, ...]:
+        return tuple(chunk.offsets[d] for d in self.dims)
 
 
 class _Into(DefaultLoadPlanner):
