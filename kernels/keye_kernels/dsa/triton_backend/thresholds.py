@@ -3,7 +3,7 @@
 Exact and deterministic whatever the scores are, and cheap on the usual ones:
 
 1. A row short enough to be held in registers is searched there. A longer one is first sampled: two scores of the sample,
-   four standard deviations to either side of the place where the K-th should be, bracket the threshold.
+   five standard deviations to either side of the place where the K-th should be, bracket the threshold.
 2. One read of the row counts what lies above the bracket and copies what lies inside it to a scratch.
 3. If the counts prove the bracket and all of it was copied, the threshold is found among the copied. Else the row stays
    open, for `radix`: two more reads if the threshold is one of the bracket's ends (a plateau of equal scores is one), six
@@ -26,11 +26,17 @@ from .launch import launch
 from .order import GREATEST, INFINITY, LEAST, order_of, score_of
 from .radix import radix
 
-SAMPLE = 2048  # scores of a row that place its bracket
+# _bracket with this many scores held, 8 warps: registers / spills, Triton 3.6. Shared memory is 32 bytes (gfx942: 8 KiB).
+#                      sm_80     sm_90     sm_100    gfx942 (VGPR)
+#   8192, whole rows   101 / 0    99 / 0   105 / 0    67 / 0
+#   2048                79 / 0    74 / 0    63 / 0    60 / 0
+#   4096                80 / 0    80 / 0    79 / 0    56 / 0
+#   8192               128 / 6   128 / 0   128 / 0    68 / 0
+# One step of the read is 256 instructions a warp for 8 scores a thread on sm_90: about 1.2 times what the memory allows.
 HELD = 8192  # most scores that a program holds in registers at once
 DEEP = 8  # scores that a thread reads in one step
-SCRATCH = 2**24  # candidates of all rows of a launch: 128 MiB
 WARPS = 8
+SCRATCH = 2**24  # candidates of all rows of a launch: 128 MiB
 
 
 def thresholds(logits: Tensor, key_start: Tensor, key_stop: Tensor, chunk: Chunk, topk: int) -> tuple[Tensor, Tensor]:
@@ -59,17 +65,22 @@ def bracket(
         launch(
             _bracket, (rows.stop - rows.start,), logits[rows], key_start[rows], key_stop[rows], scratch,
             *result[:, rows], chunk.keys.start, width, topk,
-            num_warps=WARPS if held > 1024 else 4, HELD=held, WHOLE=width <= held, SAMPLE=SAMPLE, LANES=32 * WARPS, DEEP=DEEP,
+            num_warps=WARPS if held > 1024 else 4, HELD=held, WHOLE=width <= held, SAMPLE=sample_of(width), LANES=32 * WARPS, DEEP=DEEP,
         )  # fmt: skip
     tau, cut, still_open = result
     return tau, cut, still_open
+
+
+def sample_of(width: int) -> int:
+    """Scores of a row that place its bracket: more for very long rows, where the K-th would come among the first few."""
+    return min(HELD, max(2048, triton.next_power_of_2(width) // 128))
 
 
 def room(width: int, topk: int) -> int:
     """Scores of a row that are held at once: all if they fit, else what a bracket may hold, half more than expected."""
     if width <= HELD:
         return max(16, triton.next_power_of_2(width))
-    expected = 8 * math.sqrt(topk * max(width - topk, 0) / SAMPLE)
+    expected = 10 * math.sqrt(topk * max(width - topk, 0) / sample_of(width))
     return min(HELD, max(256, triton.next_power_of_2(int(1.5 * expected))))
 
 
@@ -116,7 +127,7 @@ def _place_bracket(logits, start, count, topk, SAMPLE: tl.constexpr):
     place = (number * 256 + jitter).to(tl.int64) * count // (SAMPLE * 256)
     sample = order_of(tl.load(logits + start + place))
     share = topk / count
-    slack = 4.0 * tl.sqrt(SAMPLE * share * (1.0 - share)) + 1.0
+    slack = 5.0 * tl.sqrt(SAMPLE * share * (1.0 - share)) + 1.0
     upper = tl.floor(SAMPLE * share - slack).to(tl.int32)
     lower = tl.ceil(SAMPLE * share + slack).to(tl.int32)
     top = tl.full([], INFINITY, tl.int32)
