@@ -31,8 +31,12 @@ class Journal:
         source = json.loads(json.dumps(source or {}))  # as it will be read
         self._said: dict[str, Any] = {"source": source, "files": {}}
         before = _read(folder)
+        self.news = ""  # what there was to find, for the user
         if before["source"] == source:
             self._said = before
+            self.news = f"{len(before['files'])} files that an earlier, stopped run finished are checked and kept"
+        elif before["files"]:
+            self.news = f"what an earlier, stopped run left in {folder} is of something else and is written again"
         for name in [*(before["files"] if self._said is not before else ()), *(f.name for f in folder.glob("*.part"))]:
             (folder / name).unlink(missing_ok=True)
 

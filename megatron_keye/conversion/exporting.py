@@ -43,8 +43,11 @@ def export(
     tensors = list(stored.tensors())
     with publishing(out, resume=True) as draft:
         source = {"sums": stored.sums, "experts": experts, "dtype": str(dtype), "shard_bytes": shard_bytes}
+        journal = Journal(draft, source)
+        if journal.news:
+            say(journal.news)
         with progress("writing", sum(tensor.nbytes for _, tensor in tensors)) as advance:
-            write_tensors(draft, tensors, experts, shard_bytes, Journal(draft, source), advance)
+            write_tensors(draft, tensors, experts, shard_bytes, journal, advance)
         write_beside(draft, stored.cfg, tensors[0][1].dtype, processor)
     return len(tensors)
 

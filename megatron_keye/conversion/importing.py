@@ -56,6 +56,8 @@ def import_hf(
     try:
         with publishing(folder, resume=True) as draft:
             journal = Journal(draft, _described(hf, cfg, dtype, start, file_bytes))
+            if journal.news:
+                say(journal.news)
             total = sum(e.parameter.numel() * dtypes[e.parts[0].key].itemsize for e in wanted)
             with progress("writing", total) as advance:
                 writer = Streamed(wanted, dtypes, value, journal, advance, file_bytes)
