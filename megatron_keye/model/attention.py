@@ -45,9 +45,11 @@ class SparseCoreAttention(MegatronModule):
         """-> [s, b, H * D]"""
         keye = self.config.keye
         s, b = query.shape[:2]
+        # The first pass of a recomputed layer has no gradient, and needs no loss.
+        learns = bool(self.config.indexer_loss_weight) and self.training and torch.is_grad_enabled()
         # The small ik travels first; K and V travel behind it, while keys are scored and selected.
         if indexer_outputs is not None:
-            iq, ik, iw = indexer_outputs
+            iq, ik, iw = indexer_outputs if learns else (x.detach() for x in indexer_outputs)
             (ik,), wait_for_ik = gather_keys(self.context_group, ik)
         (k, v), wait_for_kv = gather_keys(self.context_group, key, value)
         q = rows_first(query)
@@ -58,23 +60,15 @@ class SparseCoreAttention(MegatronModule):
             out, _ = dsa.dense_attention(q, k, v, start, stop, backend=backend)
         else:
             iq, iw = rows_first(iq), rows_first(iw)
-            fp8 = dict(fake_fp8=keye.indexer_fake_fp8)
             wait_for_ik()
-            if self.config.indexer_loss_weight and self.training:
-                out, kl = dsa.dsa_attention(
-                    q, k, v, iq, ik, iw, start, stop, keye.topk, keye.attention_mode, backend,
-                    deterministic=keye.deterministic_attention, wait=wait_for_kv,
-                    teacher_group=self.tensor_group if self.tensor_group.size() > 1 else None, **fp8,
-                )  # fmt: skip
-                if torch.is_grad_enabled():  # not in the first pass of a recomputed layer
-                    self.kl_sum = kl.detach().sum() + (0 if self.kl_sum is None else self.kl_sum)
-                    out = AttachLoss.apply(out, kl, self.config.indexer_loss_weight)
-            else:
-                indices = dsa.select_topk(iq, ik, iw, start, stop, keye.topk, backend, **fp8)
-                wait_for_kv()
-                out, _ = dsa.sparse_attention(
-                    q, k, v, indices, backend=backend, deterministic=keye.deterministic_attention
-                )
+            out, kl = dsa.dsa_attention(
+                q, k, v, iq, ik, iw, start, stop, keye.topk, keye.attention_mode, backend,
+                deterministic=keye.deterministic_attention, fake_fp8=keye.indexer_fake_fp8, wait=wait_for_kv,
+                return_kl=learns, teacher_group=self.tensor_group if self.tensor_group.size() > 1 else None,
+            )  # fmt: skip
+            if kl is not None:
+                self.kl_sum = kl.detach().sum() + (0 if self.kl_sum is None else self.kl_sum)
+                out = AttachLoss.apply(out, kl, self.config.indexer_loss_weight)
         return out.view(b, s, -1).transpose(0, 1).contiguous()
 
 

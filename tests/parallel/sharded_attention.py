@@ -82,6 +82,8 @@ def run_recorded(mode: str, layout: str, rows: int, *case) -> dict:
     def recording(*args, **kwargs):
         out, kl, indices = whole(*args, **kwargs, return_indices=True)
         for name, x in (("kl", kl), ("indices", indices)):
+            if x is None:  # no loss was asked for
+                continue
             seen[name] = x.detach().unflatten(0, (rows, -1)).transpose(0, 1)
         return out, kl
 

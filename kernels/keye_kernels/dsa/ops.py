@@ -57,13 +57,15 @@ def dense_attention(
 def dsa_attention(
     q: Tensor, k: Tensor, v: Tensor, iq: Tensor, ik: Tensor, iw: Tensor, key_start: Tensor, key_stop: Tensor, topk: int,
     mode: str = "sparse", backend: str | None = None, *, scale: float | None = None, deterministic: bool = False,
-    fake_fp8: bool = False, return_indices: bool = False, teacher_group=None, wait: Callable[[], None] | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    fake_fp8: bool = False, return_indices: bool = False, return_kl: bool = True, teacher_group=None,
+    wait: Callable[[], None] | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Selection, attention and the indexer's loss in one: what a model calls.
 
     mode "sparse": attention and loss over the selected keys. mode "warmup": both over the whole range.
     -> out [T,Hq,D] in q's dtype, kl [T] float32 (float64 for float64), and with return_indices the selection [T,K].
-    out is differentiable in q, k, v only; kl in iq, ik, iw only.
+    out is differentiable in q, k, v only; kl in iq, ik, iw only. With return_kl=False kl is None, its cost is saved, and
+    out is the same to the last bit.
 
     teacher_group: a torch.distributed group whose ranks hold equally many of the query heads (tensor parallelism). The
     teacher then averages the heads of all of them, so kl and its gradients agree on every rank. The forward and the
@@ -81,5 +83,5 @@ def dsa_attention(
     return resolve(backend, q.device).dsa_attention(
         q, k, v, iq, ik, iw, key_start, key_stop, topk, mode,
         scale=scale, deterministic=deterministic, fake_fp8=fake_fp8, return_indices=return_indices,
-        teacher_group=teacher_group, wait=wait,
+        return_kl=return_kl, teacher_group=teacher_group, wait=wait,
     )  # fmt: skip

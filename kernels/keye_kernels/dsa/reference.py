@@ -92,7 +92,7 @@ def indexer_kl(p: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
 def dsa_attention(
     q, k, v, iq, ik, iw, key_start, key_stop, topk, mode="sparse", *,
-    scale=None, deterministic=False, fake_fp8=False, return_indices=False, teacher_group=None, wait=None,
+    scale=None, deterministic=False, fake_fp8=False, return_indices=False, return_kl=True, teacher_group=None, wait=None,
 ):  # fmt: skip
     """Select, attend, and score the indexer -> out [T,Hq,D], kl [T] (, indices [T,K])."""
     if fake_fp8:
@@ -104,6 +104,8 @@ def dsa_attention(
     if wait is not None:
         wait()
     out, _, probabilities = _attend(q, k, v, mask, scale)
-    scores = index_scores(iq, ik, iw)
-    kl = indexer_kl(teacher(probabilities, teacher_group).to(scores.dtype), scores, mask)
+    kl = None
+    if return_kl:
+        scores = index_scores(iq, ik, iw)
+        kl = indexer_kl(teacher(probabilities, teacher_group).to(scores.dtype), scores, mask)
     return (out, kl, indices) if return_indices else (out, kl)

@@ -126,3 +126,14 @@ def test_no_queries(make_inputs):
         out, kl, indices = dsa.dsa_attention(*inputs, none, none, 3, backend=backend, return_indices=True)
         assert (out.shape, kl.shape, indices.shape) == ((0, 4, 32), (0,), (0, 3))
         assert dsa.dense_attention(*inputs[:3], none, none, backend=backend)[1].shape == (0, 4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("mode", ["sparse", "warmup"])
+def test_without_the_loss_the_output_is_the_same_to_the_last_bit(mode, backend, layout, make_inputs):
+    num_queries, num_keys, start, stop = layout("packed")
+    inputs = make_inputs(num_queries, num_keys)
+    out, _ = dsa.dsa_attention(*inputs, start, stop, 9, mode, backend)
+    same, kl = dsa.dsa_attention(*inputs, start, stop, 9, mode, backend, return_kl=False)
+    assert kl is None
+    assert torch.equal(out, same)

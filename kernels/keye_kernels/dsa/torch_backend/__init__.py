@@ -44,14 +44,15 @@ def dense_attention(q, k, v, key_start, key_stop, scale=None) -> tuple[Tensor, T
 
 def dsa_attention(
     q, k, v, iq, ik, iw, key_start, key_stop, topk, mode="sparse", *,
-    scale=None, deterministic=False, fake_fp8=False, return_indices=False, teacher_group=None, wait=None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    scale=None, deterministic=False, fake_fp8=False, return_indices=False, return_kl=True, teacher_group=None, wait=None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """out [T,Hq,D], kl [T] (, indices [T,K]); see ops.dsa_attention."""
     if fake_fp8:
         iq, ik = quantise(iq), quantise(ik)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, iq, ik, iw))
     out, kl, indices = DSAttention.apply(
-        q, k, v, iq, ik, iw, key_start, key_stop, topk, mode, _scale(q, scale), teacher_group, return_indices, keep, wait
+        q, k, v, iq, ik, iw, key_start, key_stop, topk, mode, _scale(q, scale), teacher_group, return_indices, return_kl,
+        keep, wait,
     )  # fmt: skip
     return (out, kl, indices) if return_indices else (out, kl)
 

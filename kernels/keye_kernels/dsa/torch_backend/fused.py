@@ -42,8 +42,9 @@ class DSAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q, k, v, iq, ik, iw, key_start, key_stop, topk, mode, scale, teacher_group, return_indices, keep, wait
-    ):
+        ctx, q, k, v, iq, ik, iw, key_start, key_stop, topk, mode, scale, teacher_group, return_indices, return_kl,
+        keep, wait,
+    ):  # fmt: skip
         num_queries, sparse = q.shape[0], mode == "sparse"
         indices = None
         if return_indices or (keep and sparse):
@@ -65,8 +66,10 @@ class DSAttention(torch.autograd.Function):
             q_chunk = group_heads(q[chunk.rows], k.shape[1])
             probabilities = probabilities_of(logits_of(q_chunk, k_heads[:, chunk.keys], bias, scale), has_key)
             out[chunk.rows] = ungroup_heads(torch.bmm(probabilities, v_heads[:, chunk.keys]), len(has_key)).to(q.dtype)
-            p = teacher_of(probabilities, len(has_key), teacher_group).to(scores.dtype)
-            kl[chunk.rows] = torch.nn.functional.kl_div((scores + bias).log_softmax(-1), p, reduction="none").sum(-1)
+            if return_kl:
+                p = teacher_of(probabilities, len(has_key), teacher_group).to(scores.dtype)
+                log_student = (scores + bias).log_softmax(-1)
+                kl[chunk.rows] = torch.nn.functional.kl_div(log_student, p, reduction="none").sum(-1)
         if heads is None:  # no query sees a key; what was begun is ended all the same
             arrived(k, v, wait)
         if keep:
@@ -75,7 +78,7 @@ class DSAttention(torch.autograd.Function):
         if indices is not None:
             ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        return out, kl, indices
+        return out, kl if return_kl else None, indices
 
     @staticmethod
     @once_differentiable
@@ -112,4 +115,4 @@ class DSAttention(torch.autograd.Function):
         for_attention = (grad_q, grad_k.transpose(0, 1).to(k.dtype), grad_v.transpose(0, 1).to(v.dtype))
         for_indexer = (grad_iq, grad_ik.to(ik.dtype), grad_iw)
         unasked = (None,) * 3
-        return *(for_attention if attends else unasked), *(for_indexer if teaches else unasked), *(None,) * 9
+        return *(for_attention if attends else unasked), *(for_indexer if teaches else unasked), *(None,) * 10
