@@ -11,6 +11,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -138,7 +140,6 @@ CASES = [(name, mode) for name in ("text", "picture", "pictures", "video", "vide
 def test_inputs_logits_selections_and_greedy_tokens(both, conversations, name, mode, monkeypatch):
     model, processor, answers = both
     answer = answers[f"{name}, {mode}"]
-    chosen = record_selections(monkeypatch)
     pixels = 0
     monkeypatch.setattr(model.cfg, "attention_mode", mode)
     for row, messages in enumerate(conversations[name]):
@@ -155,8 +156,7 @@ def test_inputs_logits_selections_and_greedy_tokens(both, conversations, name, m
         pixels += patches
         assert length > 2 * TOPK or name == "batch"
 
-        chosen.clear()
-        with torch.no_grad():
+        with torch.no_grad(), selections(model) as chosen:
             logits = model(**prompt)
         torch.testing.assert_close(answer["logits"][row, padding:], logits[0], atol=1e-4, rtol=0)
         compare_selections(answer["selected"], chosen, row, len(conversations[name]), padding, mode)
@@ -164,17 +164,23 @@ def test_inputs_logits_selections_and_greedy_tokens(both, conversations, name, m
     assert pixels == len(answer["inputs"].get("pixel_values", ()))
 
 
-def record_selections(monkeypatch) -> list[torch.Tensor]:
-    """Every set of keys that the Megatron model selects, int32 [T, K]."""
+@contextmanager
+def selections(model: m.KeyeModel) -> Iterator[list[torch.Tensor]]:
+    """What each layer's indexer makes of one row, put through the operator: int32 [T, K], layer by layer."""
     chosen: list[torch.Tensor] = []
-    select = dsa.select_topk
 
-    def recorded(*args, **how) -> torch.Tensor:
-        chosen.append(select(*args, **how))
-        return chosen[-1]
+    def select(indexer: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
+        iq, ik, iw = (x[:, 0].contiguous() for x in outputs)
+        stop = torch.arange(1, len(iq) + 1, dtype=torch.int32)
+        chosen.append(dsa.select_topk(iq, ik, iw, torch.zeros_like(stop), stop, model.cfg.topk))
 
-    monkeypatch.setattr(dsa, "select_topk", recorded)
-    return chosen
+    layers = model.language_model.decoder.layers
+    hooks = [layer.self_attention.indexer.register_forward_hook(select) for layer in layers]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def compare_selections(theirs, ours, row: int, rows: int, padding: int, mode: str) -> None:
