@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -148,6 +150,14 @@ def _reshape(tensors):
     tensors[NAME] = tensors[NAME][:-1].contiguous()
 
 
+def _transpose(tensors):
+    tensors[NAME] = tensors[NAME].T.contiguous()  # square: only the values tell
+
+
+def _transpose_oblong(tensors):
+    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].T.contiguous()
+
+
 def _negative_zero(tensors):
     tensors["model.layers.0.self_attn.sa_indexer.k_norm.bias"].neg_()  # zeros: equal as numbers
 
@@ -159,7 +169,9 @@ def _negative_zero(tensors):
         (_remove, f"missing: {NAME}"),
         (_add, "extra: model.layers.9.strange.weight"),
         (_retype, f"dtype: {NAME} is torch.float32"),
-        (_reshape, f"shape: {NAME} is [63, 64]"),
+        (_reshape, rf"shape: {NAME} is \[63, 64\]"),
+        (_transpose, f"differs: {NAME} in 4[0-9]{{3}} of 4096 values; it is transposed"),
+        (_transpose_oblong, r"shape: model.layers.0.self_attn.q_proj.weight is \[64, 256\].* transposed"),
         (_negative_zero, "differs: model.layers.0.self_attn.sa_indexer.k_norm.bias in 32 of 32 values"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -173,8 +185,52 @@ def test_verify_names_each_difference_and_fails(exported_run, damage, expected, 
     save_file(tensors, tmp_path / "model.safetensors")
     assert main(["verify", "--hf", str(tmp_path), "--ckpt", str(ckpt)]) == 1
     faults = capsys.readouterr().out.splitlines()
-    assert faults[0].startswith(expected)
+    assert re.match(expected, faults[0])
     assert len(faults) == 2 and faults[1].startswith("1 of ")
+
+
+def test_verify_names_what_is_wrong_in_fused_experts(exported_run, tmp_path, capsys):
+    _, ckpt = exported_run
+    export(ckpt, tmp_path / "hf", "fused", say=lambda line: None)
+    shard = next((tmp_path / "hf").glob("*.safetensors"))
+    tensors = load_file(shard)
+    down = tensors["model.layers.1.mlp.experts.down_proj"]
+    down[2] = down[2].T.clone()
+    both = tensors["model.layers.0.mlp.experts.gate_up_proj"].view(torch.int16)
+    both[5, 7, 9] ^= 1  # of 2 x 64 columns: the gate's half
+    both[5, 7, 100] ^= 1 << 14
+    save_file(tensors, shard)
+    assert main(["verify", "--hf", str(tmp_path / "hf"), "--ckpt", str(ckpt)]) == 1
+    faults = [line for line in capsys.readouterr().out.splitlines() if ".experts." in line]
+    assert len(faults) == 3
+    for fault, name in zip(faults, ("0.mlp.experts.5.gate_proj", "0.mlp.experts.5.up_proj")):
+        assert fault == f"differs: model.layers.{name}.weight in 1 of 4096 values"
+    assert re.match(r"differs: model\.layers\.1\.mlp\.experts\.2\.down_proj\.weight .*; it is transposed$", faults[2])
+
+
+def _ghost(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.layers.7.ghost.weight"] = next(folder.glob("*.safetensors")).name
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _truncate(folder: Path) -> None:
+    shard = next(folder.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_ghost, r"model\.layers\.7\.ghost\.weight is said to be in model-00001-of-00001\.safetensors, which does not"),
+        (_truncate, r"model-00001-of-00001\.safetensors is cut short or damaged"),
+    ],
+)
+def test_verify_names_files_that_are_wrong(exported_run, damage, said, tmp_path):
+    folder = Path(shutil.copytree(exported_run[0], tmp_path / "hf"))
+    damage(folder)
+    with pytest.raises(UserError, match=said):
+        main(["verify", "--hf", str(folder), "--ckpt", str(exported_run[1])])
 
 
 def test_damaged_checkpoint_is_refused_by_name(bf16_run, tmp_path):
