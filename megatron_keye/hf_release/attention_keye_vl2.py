@@ -42,7 +42,7 @@ class LayerNorm(nn.LayerNorm):
 def rotary_angles(position_ids: Tensor, dim: int, sections: list[int], rope: dict[str, Any]) -> Tensor:
     """Position ids [3, B, T] of (t, h, w) -> angles [B, T, dim / 2] in fp32; `sections`: frequencies of each axis."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
-    axes = position_ids.float()[..., None] * rope["rope_theta"] ** -exponents  # [3, B, T, dim / 2]
+    axes = position_ids.float()[..., None] * (1.0 / rope["rope_theta"] ** exponents)  # [3, B, T, dim / 2]
     if not rope["mrope_interleaved"]:  # ttt... hhh... www...
         return torch.cat([axes[i].split(sections, -1)[i] for i in range(3)], dim=-1)
     angles = axes[0].clone()  # thwthw... and t alone once h and w have used up theirs

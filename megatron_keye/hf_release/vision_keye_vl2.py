@@ -95,7 +95,7 @@ class VisionTransformer(nn.Module):
     def angles(self, height: int, width: int) -> Tensor:
         """Half of the frequencies turn by the row, half by the column -> [P, D / 2] in fp32"""
         axis = self.vision.hidden_size // self.vision.num_attention_heads // 2
-        inverse = self.vision.rope_theta ** (-torch.arange(0, axis, 2, dtype=torch.float32) / axis)
+        inverse = 1.0 / self.vision.rope_theta ** (torch.arange(0, axis, 2, dtype=torch.float32) / axis)
         row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         return torch.cat([row.flatten()[:, None] * inverse, column.flatten()[:, None] * inverse], dim=-1)
 
