@@ -130,7 +130,9 @@ def _rows(
     first = first_row + block * 16
     query = tl.arange(0, 16)
     live = first + query < last_row
-    queries, gates, place, exists = load_heads(iq, iw, first, last_row, first_part + tl.program_id(1), H, D, DP, HEADS)
+    queries, gates, place, exists = load_heads(
+        iq, iw, first, last_row, first_part + tl.program_id(1), H, D, DP, HEADS, 16
+    )
     ROUNDED: tl.constexpr = tl.float32 if iq.dtype.element_ty == tl.float32 else tl.bfloat16
     gated_queries = (queries.to(tl.float32) * gates[:, None]).to(ROUNDED)
     dim = tl.arange(0, DP)
@@ -169,7 +171,9 @@ def _rows(
                 to = grad_ik + (entry - base).to(tl.int64)[:, None] * D + dim[None, :]
                 tl.store(to, pushed, mask=mask)
     # loaded again rather than kept: they would take up to 64 registers of a thread through the loop
-    queries, gates, place, exists = load_heads(iq, iw, first, last_row, first_part + tl.program_id(1), H, D, DP, HEADS)
+    queries, gates, place, exists = load_heads(
+        iq, iw, first, last_row, first_part + tl.program_id(1), H, D, DP, HEADS, 16
+    )
     place += (tl.program_id(2).to(tl.int64) * (last_row - first_row) - first_row) * H
     to = grad_iq + place[:, None] * D + dim[None, :]
     tl.store(to, (pulled * gates[:, None]).to(grad_iq.dtype.element_ty), mask=exists[:, None] & (dim < D)[None, :])
@@ -205,7 +209,7 @@ def _keys(
         first = first_row + block * 16
         low = tl.load(windows + first // 16)
         high = tl.load(windows + num_windows + first // 16)
-        queries, gates, _, _ = load_heads(iq, iw, first, last_row, step % PARTS, H, D, DP, HEADS)
+        queries, gates, _, _ = load_heads(iq, iw, first, last_row, step % PARTS, H, D, DP, HEADS, 16)
         at = (block * 16 + query).to(tl.int64)[None, :] * width + (key - first_key)[:, None]
         defined = ((key >= low) & (key < high))[:, None] & (first + query < last_row)[None, :]
         upstream = tl.load(d_scores + at, mask=defined, other=0.0) * scale

@@ -7,14 +7,17 @@ import triton.language as tl
 
 
 @triton.jit
-def load_heads(iq, iw, row, last_row, part, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr):
-    """HEADS heads from part * HEADS of the 16 queries from `row` on -> queries [HEADS*16,DP], gates float32 [HEADS*16],
-    place [HEADS*16] in [T*H], and whether there is one. What is not there is 0."""
-    number = tl.arange(0, HEADS * 16)
+def load_heads(
+    iq, iw, row, last_row, part,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """N = HEADS * QUERIES: heads from part * HEADS on, head by head, of the queries from `row` on
+    -> queries [N,DP], gates float32 [N], their place [N] in [T*H], and whether there is one. What is not there is 0."""
+    number = tl.arange(0, HEADS * QUERIES)
     dim = tl.arange(0, DP)
-    head = part * HEADS + number // 16
-    exists = (row + number % 16 < last_row) & (head < H)
-    place = (row + number % 16).to(tl.int64) * H + head
+    head = part * HEADS + number // QUERIES
+    exists = (row + number % QUERIES < last_row) & (head < H)
+    place = (row + number % QUERIES).to(tl.int64) * H + head
     queries = tl.load(iq + place[:, None] * D + dim[None, :], mask=exists[:, None] & (dim < D)[None, :], other=0.0)
     gates = tl.load(iw + place, mask=exists, other=0.0).to(tl.float32)
     return queries, gates, place, exists

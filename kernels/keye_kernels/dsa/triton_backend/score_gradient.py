@@ -19,7 +19,8 @@ from .launch import launch
 
 @dataclass(frozen=True)
 class Tiles:
-    columns: int  # of a dot, (head, query): heads = columns / 16
+    heads: int
+    queries: int  # of a program, 8 or 16; a dot's columns are (head, query)
     keys: int  # its rows
     segment: int  # keys of one program
     num_warps: int
@@ -28,12 +29,13 @@ class Tiles:
 
 # Hi x Di = 16 x 64, bf16, Triton 3.6. Registers / spills / bytes of shared memory:
 #          sm_80              sm_90 (wgmma)      sm_100 (tcgen05)   gfx942 (VGPR)
-#   union  255 / 0 / 49152    236 / 0 / 53248    255 / 84 / 50192   288 / 0
+#   union  168 / 0 / 33024    128 / 0 / 33024    168 / 0 / 33040    176 / 0
 #   range  92 / 0 / 0         90 / 0 / 0         90 / 0 / 0         45 / 0
-# 64 x 128 (WIDE) on sm_90: 199 / 0 / 114944. Two programs of 4 warps share a processor; one of 8 warps takes 138 registers.
-HALF = Tiles(columns=256, keys=64, segment=1024, num_warps=4, num_stages=2)
-WIDE = Tiles(columns=128, keys=64, segment=1024, num_warps=4, num_stages=2)  # Di above 64
-FULL = Tiles(columns=32, keys=32, segment=256, num_warps=4, num_stages=1)
+# Four programs share an sm_90 processor. With 16 queries: 236 registers, two programs, and Triton 3.9 spills.
+# 64 x 128 (WIDE) on sm_90: 200 / 0 / 114944.
+HALF = Tiles(heads=16, queries=8, keys=64, segment=1024, num_warps=4, num_stages=3)
+WIDE = Tiles(heads=8, queries=16, keys=64, segment=1024, num_warps=4, num_stages=2)  # Di above 64
+FULL = Tiles(heads=4, queries=8, keys=16, segment=256, num_warps=4, num_stages=1)
 
 
 def tiles_of(iq: Tensor) -> Tiles:
@@ -63,48 +65,50 @@ def score_gradient(
         return
     (_, num_heads, dim), tiles = iq.shape, tiles_of(iq)
     launch(
-        _over_union, (chunk.num_blocks, triton.cdiv(union.widest, tiles.segment)),
+        _over_union, (chunk.num_blocks, triton.cdiv(union.widest, tiles.segment), BLOCK // tiles.queries),
         p, iq, ik, iw, student_lse, grad_kl, union.start, union.keys, union.words, 1 / heads, dim**-0.5, *places,
         H=num_heads, D=dim, DP=max(triton.next_power_of_2(dim), 16),
-        HEADS=min(triton.next_power_of_2(num_heads), tiles.columns // BLOCK),
-        TILE=tiles.keys, SEGMENT=tiles.segment, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        HEADS=min(triton.next_power_of_2(num_heads), tiles.heads), QUERIES=tiles.queries, TILE=tiles.keys,
+        SEGMENT=tiles.segment, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 
 @triton.jit
-def _head_sum(keys, queries, gates, TILE: tl.constexpr, HEADS: tl.constexpr):
-    """[TILE,DP], [HEADS*16,DP], [HEADS*16] -> [TILE,16]: sum over heads of gate * relu(query . key)."""
+def _head_sum(keys, queries, gates, TILE: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr):
+    """[TILE,DP], [HEADS*QUERIES,DP], [HEADS*QUERIES] -> [TILE,QUERIES]: sum over heads of gate * relu(query . key)."""
     agreement = tl.maximum(tl.dot(keys, tl.trans(queries), input_precision="ieee"), 0.0)
-    return tl.sum(tl.reshape(agreement * gates[None, :], (TILE, HEADS, 16)), 1)
+    return tl.sum(tl.reshape(agreement * gates[None, :], (TILE, HEADS, QUERIES)), 1)
 
 
 @triton.jit(do_not_specialize=["last_row"])
 def _over_union(
     p, iq, ik, iw, student_lse, grad_kl, union_start, union_keys, union_words, share, scale, first_row, last_row,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, segment): 16 queries, SEGMENT of their keys."""
+    """Program (block, segment, part): QUERIES of its 16 queries, SEGMENT of their keys."""
     block = tl.program_id(0)
     begin = tl.load(union_start + block) + tl.program_id(1) * SEGMENT
     end = tl.minimum(tl.load(union_start + block + 1), begin + SEGMENT)
     if begin >= end:
         return
-    first = first_row + block * 16
-    query = tl.arange(0, 16)
-    live = first + query < last_row
-    log_sum = tl.load(student_lse + first + query, mask=live, other=0.0)
-    upstream = tl.load(grad_kl + first + query, mask=live, other=0.0)
-    queries, gates, _, _ = load_heads(iq, iw, first, last_row, 0, H, D, DP, HEADS)
+    query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
+    row = first_row + block * 16 + query
+    live = row < last_row
+    log_sum = tl.load(student_lse + row, mask=live, other=0.0)
+    upstream = tl.load(grad_kl + row, mask=live, other=0.0)
+    first = first_row + block * 16 + tl.program_id(2) * QUERIES
+    queries, gates, _, _ = load_heads(iq, iw, first, last_row, 0, H, D, DP, HEADS, QUERIES)
     for tile in range(begin, end, TILE):
         entry = tile + tl.arange(0, TILE)
         inside = entry < end
         key = tl.load(union_keys + entry, mask=inside, other=0)
         word = tl.load(union_words + entry, mask=inside, other=0).to(tl.int32)
         keys = load_keys(ik, key, inside, D, DP)
-        score = _head_sum(keys, queries, gates, TILE, HEADS)
+        score = _head_sum(keys, queries, gates, TILE, HEADS, QUERIES)
         for part in range(1, (H + HEADS - 1) // HEADS):
-            more_queries, more_gates, _, _ = load_heads(iq, iw, first, last_row, part, H, D, DP, HEADS)
-            score += _head_sum(keys, more_queries, more_gates, TILE, HEADS)
+            more_queries, more_gates, _, _ = load_heads(iq, iw, first, last_row, part, H, D, DP, HEADS, QUERIES)
+            score += _head_sum(keys, more_queries, more_gates, TILE, HEADS, QUERIES)
         at = p + entry.to(tl.int64)[:, None] * 16 + query[None, :]
         exists = inside[:, None] & (query >= 0)[None, :]
         teacher = tl.load(at, mask=exists, other=0.0) * share
