@@ -51,6 +51,7 @@ def compile_for(launch: Launch, target: str) -> dict:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     built = triton.compile(source, target=TARGETS[target], options=options)
     figures = {"kernel": launch.name, "target": target, **options, "shared": built.metadata.shared}
+    figures["tensor_memory"] = getattr(built.metadata, "tmem_size", None) or 0
     figures |= _amd(built.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(built.asm["cubin"])
     shown = {name: value for name, value in launch.constants if isinstance(value, int | str)}
     return figures | {"constants": shown}
@@ -104,29 +105,23 @@ def compile_all(launches: list[Launch], targets: list[str]) -> list[dict]:
         return pool.map(_compile, jobs, chunksize=1)
 
 
+def label(entry: dict, results: list[dict]) -> str:
+    """The kernel's name with those of its constants in which its variants differ."""
+    kin = [other["constants"] for other in results if other["kernel"] == entry["kernel"] and "constants" in other]
+    names = sorted({name for constants in kin for name in constants})
+    differing = [name for name in names if len({str(constants.get(name)) for constants in kin}) > 1]
+    shown = ", ".join(f"{name}={entry['constants'][name]}" for name in differing if name in entry.get("constants", {}))
+    return f"{entry['kernel']}({shown})" if shown else entry["kernel"]
+
+
 def table(results: list[dict]) -> str:
     """Text for a terminal."""
-    columns = (
-        "kernel",
-        "target",
-        "num_warps",
-        "num_stages",
-        "registers",
-        "spills",
-        "shared",
-        "wgmma",
-        "mma",
-        "tcgen05",
-        "mfma",
-    )
-    rows = [
-        columns,
-        *(
-            tuple(str(entry.get(c, entry.get("error", "") if c == "num_warps" else "")) for c in columns)
-            for entry in results
-        ),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    columns = ("num_warps", "num_stages", "registers", "spills", "shared", "wgmma", "mma", "tcgen05", "mfma")
+    rows = [("kernel", "target", *columns)]
+    for entry in results:
+        figures = (entry["error"],) if "error" in entry else tuple(str(entry.get(column, "")) for column in columns)
+        rows.append((label(entry, results), entry["target"], *figures))
+    widths = [max(len(row[i]) for row in rows if i < len(row) > 3) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
@@ -155,6 +150,15 @@ def keye_launches(length: int = 8192) -> list[Launch]:
                 out.backward(torch.zeros_like(out))
             out, _ = triton_backend.dense_attention(q, k, v, *ranges)
             out.backward(torch.zeros_like(out))
+        launches += recorder.launches
+    for wide in (4 * length, 32 * length):  # thresholds work otherwise where a row does not fit on a multiprocessor
+        shapes = [(wide, g.indexer_heads, g.indexer_dim), (wide, g.indexer_dim), (wide, g.indexer_heads)]
+        with Recorder(length) as recorder:
+            triton_backend.select_topk(
+                *(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes),
+                *causal(wide, torch.device("cpu")),
+                g.topk,
+            )
         launches += recorder.launches
     return launches
 

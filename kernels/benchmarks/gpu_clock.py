@@ -19,8 +19,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def milliseconds(call: Callable[[], object], device: torch.device, budget: float = 1.0, most: int = 20) -> float:
-    """Median over as many calls as fit into `budget` seconds, 3 to `most`, after one that compiles and warms up."""
+def milliseconds(call: Callable[[], object], device: torch.device, budget: float, most: int = 20) -> float:
+    """Median over as many calls as fit into `budget` seconds, 3 to `most`, after one that compiles and warms up.
+
+    budget 0 calls once and means nothing: for rehearsals.
+    """
+    if budget == 0:
+        return _once(call, device)
     call()
     first = _once(call, device)
     repeats = max(2, min(most - 1, int(budget * 1e3 / max(first, 1e-3))))

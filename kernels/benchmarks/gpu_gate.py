@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from gpu_clock import kernel_milliseconds
 from gpu_inputs import Geometry, causal
 from torch import Tensor
 
@@ -10,37 +11,49 @@ from keye_kernels import dsa
 from keye_kernels.dsa import reference
 
 NAMES = ("out", "kl", "q", "k", "v", "iq", "ik", "iw")
+CASES = (  # mode, neighbours, deterministic
+    ("sparse", "apart", False),
+    ("sparse", "alike", False),
+    ("sparse", "alike", True),
+    ("warmup", "apart", False),
+)
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}  # relative, by norm
 
 
 def gate(geometry: Geometry, length: int, topk: int, device: torch.device) -> list[dict]:
-    """One row a mode, dtype and backward: greatest relative error of out, kl and every gradient, by norm.
+    """One row a case: greatest relative error of out, kl and every gradient, by norm.
 
-    The indexer's inputs are small integers, so every backend scores exactly and must select exactly; two documents, and
-    a length that nothing divides.
+    The indexer's inputs are small integers, so every backend scores exactly and must select exactly. Neighbours that choose
+    apart make the operator read whole windows, neighbours that choose alike make it gather: both must have run.
     """
     rows = []
     for dtype in LIMITS:
-        for mode, deterministic in (("sparse", False), ("sparse", True), ("warmup", False)):
-            inputs, ranges = _integer_inputs(geometry, length, dtype, device)
+        for mode, neighbours, deterministic in CASES:
+            inputs, ranges = _integer_inputs(geometry, length, neighbours, dtype, device)
             want = _run(inputs, ranges, topk, mode, "reference", torch.float64)
-            got = _run(inputs, ranges, topk, mode, "triton", dtype, deterministic=deterministic)
+            got: list[Tensor] = []
+            call = lambda: got.extend(_run(inputs, ranges, topk, mode, "triton", dtype, deterministic=deterministic))  # noqa: B023, E731
+            kernels = kernel_milliseconds(call, device)
             errors = {name: _relative(a, b) for name, a, b in zip(NAMES, got[1:], want[1:])}
             worst = max(errors, key=errors.__getitem__)
+            gathers = any(name.startswith("union_backward") for name in kernels)
             rows.append({
-                "row": f"gate {mode} {str(dtype)[6:]}{' deterministic' if deterministic else ''}",
+                "row": f"gate {mode} {neighbours} {str(dtype)[6:]}{' deterministic' if deterministic else ''}",
                 "error": errors[worst], "worst": worst, "limit": LIMITS[dtype],
                 "selection": "equal" if torch.equal(got[0], want[0]) else "differs",
+                "path": "gathered" if gathers else "contiguous",
+                "expected_path": "gathered" if (mode, neighbours) == ("sparse", "alike") else "contiguous",
             })  # fmt: skip
     return rows
 
 
 def passed(row: dict) -> bool:
     """A NaN does not pass."""
-    return row["selection"] == "equal" and row["error"] <= row["limit"]
+    return row["selection"] == "equal" and row["error"] <= row["limit"] and row["path"] == row["expected_path"]
 
 
-def _integer_inputs(g: Geometry, length: int, dtype: torch.dtype, device: torch.device):
+def _integer_inputs(g: Geometry, length: int, neighbours: str, dtype: torch.dtype, device: torch.device):
+    """apart: every query has an indexer query of its own, in two documents. alike: eight neighbours share one."""
     generator = torch.Generator().manual_seed(1)
     normal = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
     whole = lambda *shape: torch.randint(-2, 3, shape, generator=generator).to(dtype)  # noqa: E731
@@ -48,7 +61,11 @@ def _integer_inputs(g: Geometry, length: int, dtype: torch.dtype, device: torch.
     inputs += [whole(length, g.indexer_heads, g.indexer_dim), whole(length, g.indexer_dim)]
     inputs += [whole(length, g.indexer_heads) / 8]
     start, stop = causal(length, torch.device("cpu"))
-    start[length // 3 :] = length // 3
+    if neighbours == "alike":
+        shared = torch.arange(length) // 8 * 8
+        inputs[3], inputs[5] = inputs[3][shared], inputs[5][shared]
+    else:
+        start[length // 3 :] = length // 3
     return [x.to(device) for x in inputs], (start.to(device), stop.to(device))
 
 

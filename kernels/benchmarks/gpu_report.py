@@ -25,7 +25,7 @@ PREDICTED = {
 }
 COLUMNS = {
     "row": "{}", "length": "{}", "u": "{:.2f}", "microseconds": "{:.0f}", "tflops": "{:.1f}", "gbs": "{:.0f}", "gib": "{:.2f}",
-    "error": "{:.1e}", "ratio": "{:.2f}", "target": "{}", "met": "{}", "predicted_microseconds": "{:.0f}", "note": "{}",
+    "error": "{:.1e}", "path": "{}", "ratio": "{:.2f}", "target": "{}", "met": "{}", "predicted_microseconds": "{:.0f}", "note": "{}",
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ class Report:
     """Rows as they are measured; `path` holds a complete JSON document after each."""
 
     def __init__(self, path: Path, device: torch.device, rehearsal: bool) -> None:
-        self.path = path
+        self.path, self.device = path, device
         self.rows: list[dict] = []
         self.document: dict = {
             "rehearsal": rehearsal,

@@ -65,19 +65,22 @@ def make_inputs() -> Callable:
 
 @pytest.fixture
 def run_all() -> Callable:
-    """Forward and backward of dsa_attention with fixed random upstream gradients -> the indices and {name: tensor}."""
+    """Forward and backward of dsa_attention with fixed random upstream gradients -> the indices and {name: tensor}.
 
-    def run(backend, inputs, key_start, key_stop, topk, mode="sparse", dtype=torch.float64, **options):
-        leaves = [x.to(dtype).clone().requires_grad_() for x in inputs]
+    Runs on `device`, given what is on the CPU, and returns to it.
+    """
+
+    def run(backend, inputs, key_start, key_stop, topk, mode="sparse", dtype=torch.float64, device="cpu", **options):
+        leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
         out, kl, indices = dsa.dsa_attention(
-            *leaves, key_start, key_stop, topk, mode, backend, return_indices=True, **options
+            *leaves, key_start.to(device), key_stop.to(device), topk, mode, backend, return_indices=True, **options
         )
         generator = torch.Generator().manual_seed(99)
-        grad_out = torch.randn(out.shape, generator=generator).to(out.dtype)
-        grad_kl = torch.rand(kl.shape, generator=generator).to(kl.dtype)
+        grad_out = torch.randn(out.shape, generator=generator).to(out)
+        grad_kl = torch.rand(kl.shape, generator=generator).to(kl)
         torch.autograd.backward((out, kl), (grad_out, grad_kl))
         tensors = (out.detach(), kl.detach(), *(leaf.grad for leaf in leaves))
-        return indices, dict(zip(NAMES, tensors))
+        return indices.cpu(), {name: x.cpu() for name, x in zip(NAMES, tensors)}
 
     return run
 

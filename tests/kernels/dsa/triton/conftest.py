@@ -7,9 +7,12 @@ the interpreted process by tests/kernels/dsa/test_interpreted.py; by hand: TRITO
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
+
+from keye_kernels.dsa.triton_backend import blocks, fused
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,3 +34,23 @@ def device() -> torch.device:
 def interpreted(device) -> bool:
     """Whether the kernels run in the interpreter: about 50 microseconds an operation, so sizes stay small there."""
     return INTERPRETED
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_buffers():
+    """Every torch.empty holds NaN, or the greatest integer: whatever a kernel reads or leaves without writing shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def chunks_of_pairs(monkeypatch) -> Callable[[int], None]:
+    """Sets how many query-key pairs a chunk may have, so that little work runs in several ragged pieces."""
+
+    def cut(pairs: int) -> None:
+        monkeypatch.setattr(blocks, "PAIRS_PER_CHUNK", pairs)
+        monkeypatch.setattr(fused, "PAIRS_PER_CHUNK", pairs)
+
+    return cut
