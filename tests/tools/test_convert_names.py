@@ -31,21 +31,74 @@ def lines(capsys, preset: str, *arguments: str) -> dict[str, list[int]]:
     return shapes
 
 
+def released(experts: str) -> dict[str, list[int]]:
+    """Keye-VL-2.0-30B-A3B as it is published, written out; not computed by anything that is tested here."""
+    hidden, vision, merged = 2048, 1152, 4608
+    shapes = {"model.embed_tokens.weight": [151_936, hidden], "model.norm.weight": [hidden]}
+    shapes["lm_head.weight"] = [151_936, hidden]
+    for layer in range(48):
+        base = f"model.layers.{layer}."
+        shapes |= {
+            f"{base}input_layernorm.weight": [hidden],
+            f"{base}post_attention_layernorm.weight": [hidden],
+            f"{base}self_attn.q_proj.weight": [4096, hidden],
+            f"{base}self_attn.k_proj.weight": [512, hidden],
+            f"{base}self_attn.v_proj.weight": [512, hidden],
+            f"{base}self_attn.o_proj.weight": [hidden, 4096],
+            f"{base}self_attn.q_norm.weight": [128],
+            f"{base}self_attn.k_norm.weight": [128],
+            f"{base}self_attn.sa_indexer.q_proj.weight": [1040, hidden],
+            f"{base}self_attn.sa_indexer.k_proj.weight": [64, hidden],
+            f"{base}self_attn.sa_indexer.q_norm.weight": [64],
+            f"{base}self_attn.sa_indexer.k_norm.weight": [64],
+            f"{base}self_attn.sa_indexer.k_norm.bias": [64],
+            f"{base}mlp.gate.weight": [128, hidden],
+        }
+        if experts == "fused":
+            shapes[f"{base}mlp.experts.gate_up_proj"] = [128, hidden, 1536]
+            shapes[f"{base}mlp.experts.down_proj"] = [128, 768, hidden]
+        else:
+            for e in range(128):
+                shapes[f"{base}mlp.experts.{e}.gate_proj.weight"] = [768, hidden]
+                shapes[f"{base}mlp.experts.{e}.up_proj.weight"] = [768, hidden]
+                shapes[f"{base}mlp.experts.{e}.down_proj.weight"] = [hidden, 768]
+    top = "visual.vision_model."
+    shapes |= {
+        f"{top}embeddings.patch_embedding.weight": [vision, 3, 14, 14],
+        f"{top}embeddings.patch_embedding.bias": [vision],
+        f"{top}embeddings.position_embedding.weight": [729, vision],
+        f"{top}embeddings.packing_position_embedding.weight": [32_768, vision],
+        f"{top}post_layernorm.weight": [vision],
+        f"{top}post_layernorm.bias": [vision],
+        "mlp_AR.pre_norm.weight": [merged],
+        "mlp_AR.pre_norm.bias": [merged],
+        "mlp_AR.linear_1.weight": [merged, merged],
+        "mlp_AR.linear_1.bias": [merged],
+        "mlp_AR.linear_2.weight": [hidden, merged],
+        "mlp_AR.linear_2.bias": [hidden],
+    }
+    for layer in range(27):
+        base = f"{top}encoder.layers.{layer}."
+        matrices = {f"self_attn.{x}_proj": [vision, vision] for x in ("q", "k", "v", "out")}
+        matrices |= {
+            "mlp.fc1": [4304, vision],
+            "mlp.fc2": [vision, 4304],
+            "layer_norm1": [vision],
+            "layer_norm2": [vision],
+        }
+        for name, shape in matrices.items():
+            shapes |= {f"{base}{name}.weight": shape, f"{base}{name}.bias": shape[:1]}
+    return shapes
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_full_size_in_every_layout(layout, capsys):
     tensor, expert, pipeline = map(str, layout)
-    shapes = lines(capsys, "keye_vl2_30b_a3b", "--tp", tensor, "--ep", expert, "--pp", pipeline)
+    experts = "separate" if layout == (1, 16, 2) else "fused"
+    arguments = ["--tp", tensor, "--ep", expert, "--pp", pipeline, "--experts", experts]
+    shapes = lines(capsys, "keye_vl2_30b_a3b", *arguments)
+    assert shapes == released(experts)
     assert sum(map(prod, shapes.values())) == TOTAL
-    assert len(shapes) == 48 * 16 + 3 + 27 * 16 + 6 + 6  # layers, top, encoder layers, its top, projector
-    for layer in (0, 23, 47):
-        base = f"model.layers.{layer}."
-        assert shapes[f"{base}mlp.experts.gate_up_proj"] == [128, 2048, 1536]
-        assert shapes[f"{base}mlp.experts.down_proj"] == [128, 768, 2048]
-        assert shapes[f"{base}self_attn.q_proj.weight"] == [4096, 2048]
-        assert shapes[f"{base}self_attn.k_proj.weight"] == [512, 2048]
-        assert shapes[f"{base}self_attn.o_proj.weight"] == [2048, 4096]
-        assert shapes[f"{base}self_attn.sa_indexer.q_proj.weight"] == [1040, 2048]
-    assert shapes["visual.vision_model.embeddings.packing_position_embedding.weight"] == [32_768, 1152]
 
 
 @pytest.mark.parametrize("experts", ["fused", "separate"])
