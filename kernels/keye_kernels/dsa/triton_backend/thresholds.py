@@ -65,7 +65,8 @@ def bracket(
         launch(
             _bracket, (rows.stop - rows.start,), logits[rows], key_start[rows], key_stop[rows], scratch,
             *result[:, rows], chunk.keys.start, width, topk,
-            num_warps=WARPS if held > 1024 else 4, HELD=held, WHOLE=width <= held, SAMPLE=sample_of(width), LANES=32 * WARPS, DEEP=DEEP,
+            num_warps=WARPS if held > 1024 else 4, HELD=held, WHOLE=width <= held, SAMPLE=sample_of(width),
+            LANES=32 * WARPS, DEEP=DEEP,
         )  # fmt: skip
     tau, cut, still_open = result
     return tau, cut, still_open

@@ -25,7 +25,9 @@ def _garbage_in_new_memory():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Rows of a few hundred scores take the way of rows of a hundred thousand."""
+    """Rows of a few hundred scores take the way of rows of a hundred thousand, in several steps."""
+    monkeypatch.setattr(importlib.import_module("keye_kernels.dsa.triton_backend.radix"), "TILE", 128)
+    monkeypatch.setattr(M, "DEEP", 1)
     monkeypatch.setattr(M, "HELD", 256)
     monkeypatch.setattr(M, "sample_of", lambda width: 256)
     monkeypatch.setattr(M, "room", lambda width, topk: 256)
