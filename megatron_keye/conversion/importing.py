@@ -43,7 +43,7 @@ def import_hf(
     cfg = read_config(hf) if start is None else start_config(hf, start, say)
     files = Checkpoint(hf)
     model, state, wanted = entries(cfg)
-    source: Source = files if start is None else Joined(files, start, wanted, cfg, say)
+    source: Source = files if start is None else Joined(files, start, wanted, cfg, dtype, say)
     check_tensors(source, cfg, model.parts)
     dtypes = _dtypes(wanted, source, dtype)
 

@@ -61,19 +61,22 @@ def start_config(hf: Path, start: Start, say: Say) -> ModelConfig:
         if ours != theirs:
             say(f"{key} is {theirs} in {hf} and {ours} in the recipe, which counts")
     if start.vision_hf is not None:
-        _check_vision(start.vision_hf, cfg)
+        _check_vision(start.vision_hf, cfg, say)
     if errors := model_errors(cfg):
         raise UserError("\n".join(errors))
     return cfg
 
 
-def _check_vision(folder: Path, cfg: ModelConfig) -> None:
+def _check_vision(folder: Path, cfg: ModelConfig, say: Say) -> None:
     """What the shapes of tensors do not tell: heads, epsilons, the angles of positions."""
     path = folder / "config.json"
     try:
-        section = json.loads(path.read_text(encoding="utf-8")).get("vision_config") or {}
+        section = json.loads(path.read_text(encoding="utf-8")).get("vision_config") if path.is_file() else None
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}), so its vision tower is unknown") from error
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(section, dict):
+        say(f"{path} says nothing of the vision tower: its heads, epsilons and rope_theta are taken to be the model's")
+        return
     for ours, theirs in VISION.items():
         if theirs in section and section[theirs] != getattr(cfg, ours):
             raise UserError(
@@ -85,13 +88,21 @@ def _check_vision(folder: Path, cfg: ModelConfig) -> None:
 class Joined:
     """Tensors of several sources as one: the language model's, the vision tower's, and the drawn."""
 
-    def __init__(self, language: Source, start: Start, entries: Sequence[Entry], cfg: ModelConfig, say: Say):
+    def __init__(
+        self,
+        language: Source,
+        start: Start,
+        entries: Sequence[Entry],
+        cfg: ModelConfig,
+        dtype: torch.dtype | None,  # None: what is drawn has the language model's
+        say: Say,
+    ):
         self.folder = language.folder
         self._of: dict[str, Source] = dict.fromkeys(language.names(), language)
         wanted = {PROJECTOR: start.draw_projector, VIT: start.draw_vision, INDEXERS: start.draw_indexers}
         drawn = [mark for mark, is_drawn in wanted.items() if is_drawn]
-        dtype = language.dtype("model.embed_tokens.weight")
-        source = Drawn(entries, cfg, start.seed, dtype, self.folder)
+        kind = dtype or language.dtype("model.embed_tokens.weight")
+        source = Drawn(entries, cfg, start.seed, kind, self.folder)
         names = [name for name in source.names() if any(mark in name for mark in drawn)]
         self._of |= dict.fromkeys(names, source)
         say(f"{len(names)} tensors of {', '.join(mark.strip('.') for mark in drawn)} are drawn with seed {start.seed}")

@@ -72,9 +72,9 @@ def convert(arguments: str, out: Path, recipe: str = f"--recipe {RECIPE} {MINI}"
 
 
 def drawn(found: dict[str, torch.Tensor], seed: int) -> set[str]:
-    """Those that equal what training draws."""
+    """Those that equal what training draws in their type."""
     cfg = replace(recipe_for({}, "bf16").model, attention_mode="dense")
-    expected = dict(exported(m.build_model(cfg, BF16, seed)))
+    expected = dict(exported(m.build_model(cfg, found["lm_head.weight"].dtype, seed)))
     return {name for name, tensor in found.items() if torch.equal(tensor, expected[name])}
 
 
@@ -119,6 +119,7 @@ def test_drawn_projector_and_drawn_tower(qwen, tmp_path):
 
     found = convert(f"--hf {qwen} --vision init --indexers init --projector init --dtype fp32", tmp_path / "all")
     assert {tensor.dtype for tensor in found.values()} == {FP32}
+    assert drawn(found, 1234) >= found.keys() - set(Checkpoint(qwen).names())
     language = Checkpoint(qwen)
     assert all(torch.equal(found[name], language.get(name).float()) for name in language.names())
 
@@ -138,7 +139,7 @@ def test_nothing_is_drawn_unasked(qwen, keye, arguments, said, tmp_path):
         convert(f"--hf {qwen} {arguments.replace('KEYE', str(keye))}", tmp_path, recipe="")
 
 
-def test_what_does_not_fit_is_named(qwen, keye, tmp_path):
+def test_what_does_not_fit_is_named(qwen, keye, tmp_path, capsys):
     both = f"--hf {qwen} --vision-hf {keye} --indexers init"
     with pytest.raises(UserError, match="num_layers is 2 there and 4 in the recipe"):
         convert(both, tmp_path, recipe=f"--recipe {RECIPE} profile=mini model.vocab_size=512")
@@ -149,6 +150,9 @@ def test_what_does_not_fit_is_named(qwen, keye, tmp_path):
     other = edited(keye, tmp_path / "heads", {}, num_attention_heads=4)
     with pytest.raises(UserError, match=r"vision_config\.num_attention_heads is 4 there"):
         convert(f"--hf {qwen} --vision-hf {other} --indexers init", tmp_path)
+    (other / "config.json").unlink()
+    convert(f"--hf {qwen} --vision-hf {other} --indexers init", tmp_path / "silent")
+    assert "says nothing of the vision tower: its heads" in capsys.readouterr().out
     other = edited(keye, tmp_path / "more", {"visual.vision_model.encoder.layers.2.layer_norm1.bias": torch.zeros(64)})
     with pytest.raises(UserError, match=r"not part of this model \(first: visual\.vision_model\.encoder\.layers\.2"):
         convert(f"--hf {qwen} --vision-hf {other} --indexers init", tmp_path)
