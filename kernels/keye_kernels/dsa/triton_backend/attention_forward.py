@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bits import place_of, query_bits, visible_keys
 from .launch import launch
 from .rows import QUERIES, interior, load_keys, load_rows, row_addresses, row_mask, rows_of, union_tile, window_tile
 from .views import UNION, WORDS, View, heads_of, padded_dim
@@ -38,8 +39,8 @@ def softmax_step(acc, total, peak, q, keys, values, visible, scale, MASKED: tl.c
 
 @triton.jit
 def attend(
-    q, k, v, out, lse, union_start, union_keys, union_words, words, key_start, key_stop, windows,
-    num_windows, first_query, end_query, first_key, width, part, scale,
+    q, k, v, out, lse, union_start, union_keys, bits, key_start, key_stop, windows,
+    num_windows, first_query, end_query, width, part, scale,
     SOURCE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -53,24 +54,22 @@ def attend(
     total = tl.zeros([QUERIES * GP], tl.float32)
     peak = tl.full([QUERIES * GP], LEAST, tl.float32)
     if SOURCE == UNION:
-        bit = (query - block_query)[:, None]
-        end = tl.load(union_start + block + 1)
-        for at in tl.range(tl.load(union_start + block), end, BN, num_stages=STAGES):
-            key, word = union_tile(union_keys, union_words, at, end, BN)
+        begin, end = tl.load(union_start + block), tl.load(union_start + block + 1)
+        place = place_of(begin, block, width, SOURCE)
+        for at in tl.range(begin, end, BN, num_stages=STAGES):
+            key = union_tile(union_keys, at, end, BN)
             keys, values = load_keys(k, key, kv_head, HKV, D, DP), load_keys(v, key, kv_head, HKV, D, DP)
-            visible = ((word[None, :] >> bit) & 1) != 0
+            visible = visible_keys(bits, place + (at - begin) // 32, query - block_query, BN)
             acc, total, peak = softmax_step(acc, total, peak, queries, keys, values, visible, scale, True)
     else:
         window = block_query // QUERIES
         low, high = tl.load(windows + window), tl.load(windows + num_windows + window)
         if SOURCE == WORDS:
-            bit = (query - block_query)[:, None]
-            block_words = words + block.to(tl.int64) * width - first_key
+            place = place_of(low, block, width, SOURCE)
             for at in tl.range(low, high, BN, num_stages=STAGES):
-                key, inside = window_tile(at, high, BN)
-                word = tl.load(block_words + key, mask=inside, other=0).to(tl.int32)
+                key, _ = window_tile(at, high, BN)
                 keys, values = load_keys(k, key, kv_head, HKV, D, DP), load_keys(v, key, kv_head, HKV, D, DP)
-                visible = ((word[None, :] >> bit) & 1) != 0
+                visible = visible_keys(bits, place + (at - low) // 32, query - block_query, BN)
                 acc, total, peak = softmax_step(acc, total, peak, queries, keys, values, visible, scale, True)
         else:
             start = tl.load(key_start + query, mask=exists, other=0)
@@ -97,12 +96,12 @@ def attend(
 def tiles(dtype: torch.dtype, padded: int, source: int, amd: bool = torch.version.hip is not None) -> dict[str, int]:
     """Tile of keys and pipeline for a padded head dim.
 
-    At 128 rows and D = 128, sm_90 takes registers / KiB of shared memory: union 184 / 128, words 180 / 128, range 219 / 128,
+    At 128 rows and D = 128, sm_90 takes registers / KiB of shared memory: union 184 / 130, words 196 / 130, range 219 / 128,
     all wgmma without spills; 128 keys or 4 warps spill. A union's keys come by way of its list, so that its pipeline is
     two loads deep: 5 stages buffer as many tiles as 3 do elsewhere. gfx942 has 64 KiB.
     """
     if dtype == torch.float32:
-        return dict(BN=16, STAGES=1, num_warps=4)
+        return dict(BN=32, STAGES=1, num_warps=4)
     if amd:
         return dict(BN=32, STAGES=2, num_warps=8)
     return dict(BN=64 if padded <= 128 else 32, STAGES=5 if source == UNION.value else 3, num_warps=8)
@@ -117,9 +116,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, view: View, out: Tens
         raise ValueError(f"scale must be positive, got {scale}")
     heads, chunk, dim = heads_of(q, k), view.chunk, padded_dim(q.shape[2])
     tile = tiles(q.dtype, dim, view.source)
+    start, keys = (None, None) if view.union is None else (view.union.start, view.union.keys)
+    marks = (start, keys, query_bits(view), *(view.ranges or (None, None)), view.windows, view.windows.shape[1])
     for part in range(heads.parts):
         launch(
-            attend, (chunk.num_blocks, heads.kv), q, k, v, out, lse, *view.arguments(), view.windows.shape[1],
-            chunk.rows.start, chunk.rows.stop, chunk.keys.start, chunk.width, part, scale * LOG2_E,
+            attend, (chunk.num_blocks, heads.kv), q, k, v, out, lse, *marks, chunk.rows.start, chunk.rows.stop,
+            chunk.width, part, scale * LOG2_E,
             SOURCE=view.source, HKV=heads.kv, G=heads.group, GP=heads.padded, D=q.shape[2], DP=dim, **tile,
         )  # fmt: skip

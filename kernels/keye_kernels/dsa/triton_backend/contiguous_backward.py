@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_forward import LOG2_E
+from .bits import place_of, query_bits, visible_keys
 from .launch import launch
 from .rows import QUERIES, interior, load_keys, load_rows, row_addresses, row_mask, rows_of, window_tile
 from .views import WORDS, View, heads_of, padded_dim, power_of_two
@@ -33,8 +34,8 @@ def query_step(
 
 @triton.jit
 def query_gradients(
-    q, k, v, grad_out, lse, delta, grad_q, words, key_start, key_stop, windows,
-    num_windows, first_query, end_query, first_key, width, part, scale, scale_log2,
+    q, k, v, grad_out, lse, delta, grad_q, bits, key_start, key_stop, windows,
+    num_windows, first_query, end_query, width, part, scale, scale_log2,
     SOURCE: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -50,13 +51,11 @@ def query_gradients(
     window = block_query // QUERIES
     low, high = tl.load(windows + window), tl.load(windows + num_windows + window)
     if SOURCE == WORDS:
-        bit = (query - block_query)[:, None]
-        block_words = words + block.to(tl.int64) * width - first_key
+        place = place_of(low, block, width, SOURCE)
         for at in tl.range(low, high, BN, num_stages=STAGES):
-            key, inside = window_tile(at, high, BN)
-            word = tl.load(block_words + key, mask=inside, other=0).to(tl.int32)
+            key, _ = window_tile(at, high, BN)
             keys, values = load_keys(k, key, kv_head, HKV, D, DP), load_keys(v, key, kv_head, HKV, D, DP)
-            visible = ((word[None, :] >> bit) & 1) != 0
+            visible = visible_keys(bits, place + (at - low) // 32, query - block_query, BN)
             total = query_step(total, queries, grads, keys, values, visible, row_lse, row_delta, scale_log2, True)
     else:
         start = tl.load(key_start + query, mask=exists, other=0)
@@ -134,10 +133,10 @@ def key_gradients(
 def query_tiles(dtype: torch.dtype, padded: int, amd: bool = torch.version.hip is not None) -> dict[str, int]:
     """Tile of keys and pipeline of query_gradients for a padded head dim.
 
-    At 128 rows and D = 128, sm_90 takes registers / KiB of shared memory: words 195 / 160, range 219 / 160, no spills.
+    At 128 rows and D = 128, sm_90 takes registers / KiB of shared memory: words 202 / 162, range 219 / 160, no spills.
     """
     if dtype == torch.float32:
-        return dict(BN=16, STAGES=1, num_warps=4)
+        return dict(BN=32, STAGES=1, num_warps=4)
     if amd:
         return dict(BN=32, STAGES=1, num_warps=8)
     return dict(BN=64 if padded <= 128 else 32, STAGES=3 if padded <= 128 else 1, num_warps=8)
@@ -162,17 +161,17 @@ def contiguous_backward(
     """Writes the chunk's rows of grad_q [T,Hq,D] and adds to grad_k and grad_v, float32 [S,Hkv,D]. view has words or ranges."""
     chunk, heads, dim = view.chunk, heads_of(q, k), padded_dim(q.shape[2])
     assert view.union is None
-    marks = view.arguments()[3:]
-    cut = (view.windows.shape[1], chunk.rows.start, chunk.rows.stop, chunk.keys.start, chunk.width)
+    marks = (*(view.ranges or (None, None)), view.windows, view.windows.shape[1], chunk.rows.start, chunk.rows.stop)
+    bits = query_bits(view)
     shape = dict(SOURCE=view.source, HKV=heads.kv, G=heads.group, GP=heads.padded, D=q.shape[2], DP=dim)
     key_tile = key_tiles(q.dtype, dim, heads.padded)
     for part in range(heads.parts):
         launch(
-            query_gradients, (chunk.num_blocks, heads.kv), q, k, v, grad_out, lse, delta, grad_q, *marks, *cut, part, scale,
-            scale * LOG2_E, **shape, **query_tiles(q.dtype, dim),
+            query_gradients, (chunk.num_blocks, heads.kv), q, k, v, grad_out, lse, delta, grad_q, bits, *marks, chunk.width,
+            part, scale, scale * LOG2_E, **shape, **query_tiles(q.dtype, dim),
         )  # fmt: skip
         launch(
             key_gradients, (-(-chunk.width // key_tile["BN"]), heads.kv), q, k, v, grad_out, lse, delta, grad_k, grad_v,
-            *marks, *cut, chunk.num_blocks, part, scale, scale * LOG2_E,
+            view.words, *marks, chunk.keys.start, chunk.width, chunk.num_blocks, part, scale, scale * LOG2_E,
             **shape, BLOCKS=power_of_two(chunk.num_blocks), **key_tile,
         )  # fmt: skip

@@ -54,11 +54,10 @@ def load_keys(x, key, kv_head, HKV: tl.constexpr, D: tl.constexpr, DP: tl.conste
 
 
 @triton.jit
-def union_tile(keys, words, at, end, BN: tl.constexpr):
-    """Entries at.. of a union -> key and word [BN]; past the end key 0, which exists, and no bit."""
+def union_tile(keys, at, end, BN: tl.constexpr):
+    """Entries at.. of a union -> key [BN]; past the end key 0, which exists."""
     entry = at + tl.arange(0, BN)
-    inside = entry < end
-    return tl.load(keys + entry, mask=inside, other=0), tl.load(words + entry, mask=inside, other=0).to(tl.int32)
+    return tl.load(keys + entry, mask=entry < end, other=0)
 
 
 @triton.jit

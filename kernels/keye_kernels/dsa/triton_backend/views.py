@@ -38,12 +38,6 @@ class View:
     def source(self) -> int:
         return (UNION if self.union is not None else WORDS if self.words is not None else RANGE).value
 
-    def arguments(self) -> tuple[Tensor | None, ...]:
-        """What every attention kernel takes: union start, keys and words; dense words; ranges; windows."""
-        union, ranges = self.union, self.ranges or (None, None)
-        listed = (None, None, None) if union is None else (union.start, union.keys, union.words)
-        return (*listed, self.words, *ranges, self.windows)
-
 
 @dataclass(frozen=True)
 class Heads:
