@@ -71,7 +71,7 @@ def _divergence(
             at = p + entry.to(tl.int64)[:, None] * 16 + query[None, :]
         else:
             key = entry
-            looks = inside[:, None] & (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
+            looks = (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
             at = p + in_logits + key[:, None]
         teacher = tl.load(at, mask=looks, other=0.0) * share
         logit = tl.load(logits + in_logits + key[:, None], mask=looks, other=float("-inf"))

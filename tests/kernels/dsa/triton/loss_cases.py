@@ -82,6 +82,13 @@ def make_case(
     return Case(q, k, iq, ik, gates, start, stop, sparse, mask, grad_kl, windows, chunks)
 
 
+def wide(_: str) -> tuple[int, int, Tensor, Tensor]:
+    """A layout of more keys than a tile or a program takes; the second block's window begins with the last key of a tile."""
+    start, stop = torch.zeros(20, dtype=torch.int32), 700 - 3 * torch.arange(20, dtype=torch.int32)
+    start[16:] = 127
+    return 20, 700, start, stop
+
+
 def union_of(mask: Tensor, chunk: Chunk) -> Union:
     """bool [T,S] -> the union of each block of the chunk."""
     starts, keys, words = [0], [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import define, error, logits_of, make_case, poison, stored_of
+from loss_cases import define, error, logits_of, make_case, poison, stored_of, wide
 
 from keye_kernels.dsa.triton_backend.divergence import divergence
 from keye_kernels.dsa.triton_backend.score_gradient import score_gradient
@@ -54,6 +54,19 @@ def test_scores_of_any_size_cancel(device, layout, sparse, offset):
     expected = torch.where(seen, (torch.special.xlogy(teacher, teacher) - teacher * log_student).sum(-1), 0)
     assert error(kl, expected) < 1e-6
     assert error(student_lse[seen], (rounded.masked_fill(~case.mask, -torch.inf).logsumexp(-1))[seen]) < 1e-6
+
+
+@both
+def test_many_tiles(device, sparse):
+    """The greatest score rises from tile to tile: what has been summed follows it. And the gradient, over several programs."""
+    case = make_case(wide, "wide", device, sparse, topk=400, size=3.0)
+    want = define(case)
+    want.scores += torch.linspace(-60, 60, case.mask.shape[1], device=device)
+    teacher = want.p / case.heads
+    log_student = want.scores.masked_fill(~case.mask, -torch.inf).log_softmax(-1).masked_fill(~case.mask, 0)
+    kl, _ = run_divergence(case, want)
+    assert error(kl, (torch.special.xlogy(teacher, teacher) - teacher * log_student).sum(-1)) < 1e-6
+    check_score_gradient(case, 2e-6)
 
 
 def test_scores_that_are_not_finite_show(device, layout):
