@@ -19,8 +19,10 @@ class TrainingConfig:
     init_from: str | None = None
     # on the head-averaged KL; Kwai's sum over G KV groups is G times this; weight not published
     indexer_loss_weight: float = 1.0
-    recompute: str = "none"  # none | full
-    vision_chunk_patches: int = 16_384  # ViT activations held at once
+    # what of a layer is computed again in backward: none | selective (core attention) | moe (experts) | full (all of it)
+    recompute: str = "none"
+    vision_chunk_patches: int = 16_384  # ViT activations held at once; the ViT is always computed again in backward
+    balance: bool = True  # deal frames to ranks and packed rows to data-parallel blocks by cost; false: as they come
     max_nonfinite_steps: int = 10  # skipped in a row before the run stops
     collective_timeout_minutes: float = 10.0
     stop_after: int | None = None  # leave after this step of the schedule, with a checkpoint (for trials of resume)

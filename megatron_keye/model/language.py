@@ -80,7 +80,6 @@ class LanguageModel(GPTModel):
             pre_process=ps.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
             post_process=ps.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
             position_embedding_type="none",  # angles are computed from the 3-axis ids below
-            scatter_embedding_sequence_parallel=False,  # pictures are put in first
             share_embeddings_and_output_weights=False,
             vp_stage=vp_stage,
         )
@@ -99,7 +98,7 @@ class LanguageModel(GPTModel):
         input_ids: torch.Tensor,  # int64 [b, s]
         position_ids: torch.Tensor,  # int64 [3, b, s]
         key_ranges: torch.Tensor,  # int32 [2, b, s]
-        visual: torch.Tensor | None = None,  # [pictures' tokens, h], in row order
+        visual: torch.Tensor | None = None,  # [picture tokens among this rank's s / tp, h], in row order
         targets: torch.Tensor | None = None,  # int64 [b, s], IGNORE where nothing is predicted
     ) -> torch.Tensor:
         """-> on the last stage logits [b, s, V], or with targets the losses [n]; on other stages hidden states."""
@@ -126,18 +125,18 @@ class LanguageModel(GPTModel):
         return vocab_parallel_cross_entropy(logits.float(), targets[wanted][:, None])[:, 0]
 
     def embed(self, input_ids: torch.Tensor, visual: torch.Tensor | None) -> torch.Tensor:
-        """-> [s / tp, b, h]: text embeddings with the pictures' in their places."""
+        """-> [s / tp, b, h]: text embeddings with the pictures' in their places; `visual` are those of these tokens."""
         hidden = self.embedding(input_ids=input_ids, position_ids=None)
+        if self.config.sequence_parallel:
+            input_ids = input_ids.chunk(self.config.tensor_model_parallel_size, 1)[ps.get_tensor_model_parallel_rank()]
         if visual is not None and len(visual):
             where = visual_mask(input_ids, self.config.keye.image_token_id, self.config.keye.video_token_id)
             rows = hidden.transpose(0, 1)
             hidden = rows.masked_scatter(where[..., None], visual.to(rows.dtype)).transpose(0, 1).contiguous()
         if self.training and torch.is_grad_enabled() and not hidden.requires_grad:
-            # With frozen embeddings and no picture here, backward must still run: other context ranks' collectives wait
+            # With frozen embeddings and no picture here, backward must still run: other ranks' collectives wait
             # for it, and a checkpointed layer with no input to differentiate would not be run again.
             hidden.requires_grad_()
-        if self.config.sequence_parallel:
-            hidden = scatter_to_sequence_parallel_region(hidden)
         return hidden
 
 

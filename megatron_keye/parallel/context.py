@@ -22,10 +22,14 @@ def zigzag(x: torch.Tensor, rank: int, size: int, dim: int) -> torch.Tensor:
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim)
 
 
-def owner(column: torch.Tensor, seq_length: int, size: int) -> torch.Tensor:
-    """Which context rank holds each column of a row of `seq_length` tokens."""
-    chunk = column // (seq_length // (2 * size))
-    return torch.minimum(chunk, 2 * size - 1 - chunk)
+def place(column: torch.Tensor, seq_length: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where `zigzag` puts each column of a row of `seq_length` tokens -> (context rank, column of its part)."""
+    if size == 1:
+        return torch.zeros_like(column), column
+    length = seq_length // (2 * size)
+    chunk, within = column // length, column % length
+    second = chunk >= size
+    return torch.where(second, 2 * size - 1 - chunk, chunk), within + second * length
 
 
 def rows_first(x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import time
 import warnings
 from typing import Any
 
@@ -161,11 +162,13 @@ class Stream:
 
 
 class Event:
-    """An event that has always happened."""
+    """An event that happens when it is recorded."""
 
-    def __init__(self, *args, **kwargs): ...
+    def __init__(self, *args, **kwargs):
+        self._at = 0.0
 
-    def record(self, *args): ...
+    def record(self, *args):
+        self._at = time.perf_counter()
 
     def wait(self, *args): ...
 
@@ -175,7 +178,8 @@ class Event:
         return True
 
     def elapsed_time(self, other) -> float:
-        return 0.0
+        """Milliseconds from this event to `other`."""
+        return (other._at - self._at) * 1000
 
 
 class _NoRanges:

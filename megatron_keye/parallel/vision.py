@@ -2,17 +2,18 @@
 
 The tower ignores the language model's layout. Every rank holds it whole, and a step has three phases:
 1. encode: all frames of the step are dealt to the ranks of the block by cost; each encodes its share, keeping no
-   activations, and embeddings go to the ranks that need them (first pipeline stage, by context shard);
+   activations, and every embedding goes to the one rank that needs it: first pipeline stage, by context shard and by
+   the tensor rank's part of that;
 2. the language model runs with those embeddings as leaves;
 3. backward: their gradients return to the rank that encoded, which recomputes and backpropagates, chunk by chunk.
-So the tower's activations are those of one chunk. A step without pictures makes the same calls, with nothing in them.
+So the tower's activations are those of one chunk, and what grows with the frames of a step is pixels, embeddings and
+gradients of embeddings. A step without pictures makes the same calls, with nothing in them.
 
 Shapes: F frames of the step, P patches, n picture tokens, h hidden of the language model.
 """
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 import torch
@@ -24,146 +25,181 @@ from megatron_keye.model.keye import VisionTower
 from megatron_keye.model.language import visual_mask
 from megatron_keye.model.projector import merged_tokens
 from megatron_keye.parallel import context
+from megatron_keye.parallel.balance import deal, frame_cost
 from megatron_keye.parallel.plan import Plan
 
 
-def frame_cost(patches: torch.Tensor, hidden: int) -> torch.Tensor:
-    """Forward work of frames of n patches, up to a constant: 12 h n for the matrices, 2 n^2 for attention."""
-    n = patches.double()
-    return 12 * hidden * n + 2 * n * n
+@dataclass
+class Frame:
+    """Of this rank's share: patches first <= p < last of a batch."""
+
+    batch: Batch
+    first: int
+    last: int
+    grid: torch.Tensor  # int64 [2]
 
 
-def deal(cost: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Longest first, each to the rank with least so far -> the rank of each frame, int64 [F]. Ties: lowest index."""
-    owner = torch.zeros(len(cost), dtype=torch.int64)
-    heap = [(0.0, rank) for rank in range(ranks)]
-    for frame in torch.argsort(cost, descending=True, stable=True).tolist():
-        load, rank = heapq.heappop(heap)
-        owner[frame] = rank
-        heapq.heappush(heap, (load + float(cost[frame]), rank))
-    return owner
+@dataclass
+class Chunk:
+    """Frames that are encoded together, and their picture tokens first <= t < last of this rank's share."""
 
+    frames: list[Frame]
+    first: int
+    last: int
+    features: torch.Tensor | None = (
+        None  # [P, vision hidden]; kept where the encoder is frozen and the projector is not
+    )
 
-def imbalance(cost: torch.Tensor, owner: torch.Tensor, ranks: int) -> float:
-    """Greatest load over mean load; 1.0 is perfect."""
-    load = torch.zeros(ranks, dtype=torch.float64).index_add_(0, owner, cost)
-    return float(load.max() / load.mean()) if len(cost) else 1.0
+    @property
+    def grid(self) -> torch.Tensor:
+        return torch.stack([frame.grid for frame in self.frames])
+
+    def pixels(self) -> torch.Tensor:
+        """[P, 3, 14, 14], normalised"""
+        return Processor.normalise(torch.cat([f.batch.patches[f.first : f.last] for f in self.frames]))
 
 
 @dataclass
 class Routes:
     """Which picture tokens go where in this step. Indices count tokens of the step, in row order of its batches."""
 
-    mine: torch.Tensor  # tokens that this rank encodes, ascending
-    send: list[torch.Tensor]  # per rank of the block: positions within `mine`
-    receive: list[torch.Tensor]  # per rank of the block: positions within this rank's local tokens
-    local_per_batch: list[int]
+    send: list[torch.Tensor]  # per rank of the block: positions within what this rank encodes
+    receive: list[torch.Tensor]  # per rank of the block: positions within what this rank needs
+    needed_per_batch: list[int]
 
 
 class VisionStep:
-    """Used once a step: `encode`, then the language model, then `backward`."""
+    """Used once a step: `encode`, then the language model, then `backward`.
 
-    def __init__(self, tower: VisionTower, plan: Plan, chunk_patches: int):
-        self.tower, self.plan, self.chunk_patches = tower, plan, chunk_patches
+    `balance` False leaves the frames of a batch together, on one rank after another: for comparison.
+    """
+
+    def __init__(self, tower: VisionTower, plan: Plan, chunk_patches: int, balance: bool = True):
+        self.tower, self.plan, self.chunk_patches, self.balance = tower, plan, chunk_patches, balance
         self.train_encoder = any(p.requires_grad for p in tower.vision_model.parameters())
         self.train_projector = any(p.requires_grad for p in tower.projector.parameters())
-        self.imbalance = 1.0
+        self.load = 0.0  # this rank's share of the last step, as frame_cost counts
+        self._began, self._encoded = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     @property
     def trains(self) -> bool:
         return self.train_encoder or self.train_projector
 
+    @property
+    def encode_ms(self) -> float:
+        """How long this rank took for its share in the last step, without the exchange. To be asked after the step."""
+        return self._began.elapsed_time(self._encoded)
+
+    @torch.no_grad()
     def encode(self, batches: list[Batch]) -> list[torch.Tensor]:
-        """-> per batch the embeddings of this rank's picture tokens [n, h]; leaves that collect gradients."""
-        grid = torch.cat([b.grid for b in batches])
-        cost = frame_cost(grid.prod(-1), self.tower.config.hidden_size)
-        owner = deal(cost, self.plan.block.size())
-        self.imbalance = imbalance(cost, owner, self.plan.block.size())
-        self._prepare_chunks(torch.cat([b.patches for b in batches]), grid, owner)
-        self.routes = self._routes(batches, grid, owner)
-        with torch.no_grad():
-            encoded = [self._encode(chunk) for chunk in self.chunks]
-        hidden, dtype = self.tower.config.keye.hidden_size, self.tower.config.params_dtype
-        device = self.tower.projector.linear_2.weight.device
-        mine = torch.cat([*encoded, torch.empty(0, hidden, dtype=dtype, device=device)])
-        received = self._exchange([mine[index] for index in self.routes.send], [len(r) for r in self.routes.receive])
-        local = received.new_empty(len(received), hidden)
-        local[torch.cat(self.routes.receive)] = received
-        self.leaves = [part.requires_grad_(self.trains) for part in local.split(self.routes.local_per_batch)]
+        """-> per batch the embeddings of the picture tokens that this rank needs [n, h]; leaves that collect gradients."""
+        owner = self._deal(batches)
+        self.chunks = self._chunks(batches, owner)
+        self.routes = self._routes(batches, owner)
+        mine = self._rows(self.chunks[-1].last if self.chunks else 0)
+        self._began.record()
+        for chunk in self.chunks:
+            mine[chunk.first : chunk.last] = self._encode(chunk)
+        self._encoded.record()
+        needed = self._exchange(mine, self.routes.send, self.routes.receive)
+        self.leaves = list(needed.split(self.routes.needed_per_batch))
+        if self.trains:
+            self.gradient = torch.zeros_like(needed)
+            for leaf, gradient in zip(self.leaves, self.gradient.split(self.routes.needed_per_batch)):
+                leaf.requires_grad_().grad = gradient  # all in one piece, ready to be sent
         return self.leaves
 
     def backward(self) -> None:
         """Take the leaves' gradients to the ranks that encoded them, and backpropagate there."""
+        chunks = self.chunks
+        self.leaves, self.chunks = [], []  # nothing of this step outlives it
         if not self.trains:
             return
-        grads = torch.cat([torch.zeros_like(x) if x.grad is None else x.grad for x in self.leaves])
-        # Tensor-parallel siblings hold equal gradients: one of them sends.
-        speaks = self.plan.tensor_rank == 0
-        send = [grads[index if speaks else index[:0]] for index in self.routes.receive]
-        counts = [
-            len(index) if self.plan.block_coordinates(rank)[0] == 0 else 0
-            for rank, index in enumerate(self.routes.send)
-        ]
-        received = self._exchange(send, counts)
-        mine = torch.zeros(len(self.routes.mine), received.shape[1], dtype=received.dtype, device=received.device)
-        mine[torch.cat([index[:n] for index, n in zip(self.routes.send, counts)])] = received
-        for chunk, grad in zip(self.chunks, mine.split([int(merged_tokens(c["grid"]).sum()) for c in self.chunks])):
-            if self.train_projector or self.train_encoder:
-                self._encode(chunk).backward(grad)
+        gradient = self._exchange(self.gradient, self.routes.receive, self.routes.send)
+        del self.gradient
+        for chunk in chunks:
+            self._encode(chunk).backward(gradient[chunk.first : chunk.last])
+            chunk.features = None
 
-    def _encode(self, chunk: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A frozen encoder's features are kept: the way back stops at the projector."""
-        if self.train_encoder:
-            return self.tower(Processor.normalise(chunk["patches"]), chunk["grid"])
-        if "features" not in chunk:
+    def _encode(self, chunk: Chunk) -> torch.Tensor:
+        """[n, h]. A frozen encoder's features are kept: the way back stops at the projector."""
+        if self.train_encoder or not self.trains:
+            return self.tower(chunk.pixels(), chunk.grid)
+        if chunk.features is None:
             with torch.no_grad():
-                chunk["features"] = self.tower.vision_model(Processor.normalise(chunk["patches"]), chunk["grid"])
-        return self.tower.projector(chunk["features"], chunk["grid"])
+                chunk.features = self.tower.vision_model(chunk.pixels(), chunk.grid)
+        return self.tower.projector(chunk.features, chunk.grid)
 
-    def _prepare_chunks(self, patches: torch.Tensor, grid: torch.Tensor, owner: torch.Tensor) -> None:
+    def _rows(self, count: int) -> torch.Tensor:
+        weight = self.tower.projector.linear_2.weight
+        return torch.empty(count, weight.shape[0], dtype=weight.dtype, device=weight.device)
+
+    def _deal(self, batches: list[Batch]) -> torch.Tensor:
+        """The rank, within the block, of every frame of the step, int64 [F]."""
+        ranks = self.plan.block.size()
+        cost = frame_cost(torch.cat([b.grid for b in batches]).prod(-1), self.tower.config.keye)
+        if self.balance:
+            owner = deal(cost, ranks)
+        else:
+            owner = torch.cat([torch.full((len(b.grid),), i % ranks, dtype=torch.int64) for i, b in enumerate(batches)])
+        self.load = float(cost[owner == self.plan.block.rank()].sum())
+        return owner
+
+    def _chunks(self, batches: list[Batch], owner: torch.Tensor) -> list[Chunk]:
         """This rank's frames, in order, cut so that a chunk holds at most `chunk_patches` (or one frame)."""
-        lengths = grid.prod(-1)
-        first = lengths.cumsum(0) - lengths
-        self.chunks: list[dict[str, torch.Tensor]] = []
-        frames: list[int] = []
-        for frame in [*(owner == self.plan.block.rank()).nonzero()[:, 0].tolist(), None]:
-            full = frames and (frame is None or lengths[[*frames, frame]].sum() > self.chunk_patches)
-            if full:
-                pixels = torch.cat([patches[first[f] : first[f] + lengths[f]] for f in frames])
-                self.chunks.append({"patches": pixels, "grid": grid[frames]})
-                frames = []
-            if frame is not None:
-                frames.append(frame)
+        frames: list[Frame] = []
+        for batch, its_owner in zip(batches, owner.split([len(b.grid) for b in batches])):
+            ends = batch.grid.prod(-1).cumsum(0).tolist()
+            for i in (its_owner == self.plan.block.rank()).nonzero()[:, 0].tolist():
+                frames.append(Frame(batch, ends[i - 1] if i else 0, ends[i], batch.grid[i]))
+        chunks: list[Chunk] = []
+        room = token = 0
+        for frame in frames:
+            patches = frame.last - frame.first
+            if not chunks or patches > room:
+                chunks.append(Chunk([], token, token))
+                room = self.chunk_patches
+            room -= patches
+            token += patches // self.tower.config.keye.merge_size**2
+            chunks[-1].frames.append(frame)
+            chunks[-1].last = token
+        return chunks
 
-    def _routes(self, batches: list[Batch], grid: torch.Tensor, owner: torch.Tensor) -> Routes:
-        keye, config = self.tower.config.keye, self.plan.config
-        encoder = owner.repeat_interleave(merged_tokens(grid, keye.merge_size))  # rank of each token
-        holder_parts, batch_parts = [], []
+    def _routes(self, batches: list[Batch], owner: torch.Tensor) -> Routes:
+        """From who encodes each token and who needs it."""
+        keye, me = self.tower.config.keye, self.plan.block.rank()
+        grid = torch.cat([b.grid for b in batches])
+        encoder = owner.repeat_interleave(merged_tokens(grid, keye.merge_size))
+        needs, batch_of = [], []
         for i, batch in enumerate(batches):
-            where = visual_mask(batch.input_ids, keye.image_token_id, keye.video_token_id).nonzero()[:, 1]
-            holder_parts.append(
-                context.owner(where, batch.input_ids.shape[1], config.context) if config.context > 1 else where * 0
-            )
-            batch_parts.append(torch.full_like(where, i))
-        holder, batch_of = torch.cat(holder_parts).cpu(), torch.cat(batch_parts).cpu()
-        me = self.plan.block.rank()
+            column = visual_mask(batch.input_ids, keye.image_token_id, keye.video_token_id).nonzero()[:, 1].cpu()
+            needs.append(self._holder(column, batch.input_ids.shape[1]))
+            batch_of.append(torch.full_like(column, i))
+        holder = torch.cat(needs)
+        here = (holder == me).nonzero()[:, 0]
         mine = (encoder == me).nonzero()[:, 0]
-        send = []
-        for rank in range(self.plan.block.size()):
-            _, context_rank, stage = self.plan.block_coordinates(rank)
-            wanted = holder[mine] == context_rank if stage == 0 else torch.zeros(len(mine), dtype=torch.bool)
-            send.append(wanted.nonzero()[:, 0])
-        here = (holder == self.plan.context_rank) & self.plan.is_first_stage
-        local = here.nonzero()[:, 0]
-        receive = [(encoder[local] == rank).nonzero()[:, 0] for rank in range(self.plan.block.size())]
-        per_batch = torch.bincount(batch_of[local], minlength=len(batches)).tolist()
-        return Routes(mine, send, receive, per_batch)
+        ranks = range(self.plan.block.size())
+        return Routes(
+            send=[(holder[mine] == rank).nonzero()[:, 0] for rank in ranks],
+            receive=[(encoder[here] == rank).nonzero()[:, 0] for rank in ranks],
+            needed_per_batch=torch.bincount(torch.cat(batch_of)[here], minlength=len(batches)).tolist(),
+        )
 
-    def _exchange(self, send: list[torch.Tensor], receive: list[int]) -> torch.Tensor:
-        """Rows to and from every rank of the block."""
-        outgoing = torch.cat(send)
+    def _holder(self, column: torch.Tensor, length: int) -> torch.Tensor:
+        """The rank of the block, on its first stage, that holds each column of a row of `length` tokens."""
+        tensor, size = self.plan.config.tensor, self.plan.config.context
+        context_rank, local = context.place(column, length, size)
+        return context_rank * tensor + local // (length // (size * tensor))
+
+    def _exchange(self, rows: torch.Tensor, send: list[torch.Tensor], receive: list[torch.Tensor]) -> torch.Tensor:
+        """`rows` [n, h] at positions send[r] to rank r -> what came from it, at positions receive[r]."""
         if self.plan.block.size() == 1:
-            return outgoing
-        incoming = outgoing.new_empty(sum(receive), outgoing.shape[1])
-        dist.all_to_all_single(incoming, outgoing, receive, [len(s) for s in send], group=self.plan.block)
-        return incoming
+            return rows  # both orders are that of the tokens
+        outgoing = rows[torch.cat(send).to(rows.device)]
+        incoming = self._rows(sum(len(r) for r in receive))
+        sizes = [len(r) for r in receive], [len(s) for s in send]
+        dist.all_to_all_single(incoming, outgoing, *sizes, group=self.plan.block)
+        del outgoing
+        arrived = torch.empty_like(incoming)
+        arrived[torch.cat(receive).to(rows.device)] = incoming
+        return arrived

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 
-from keye_kernels import dsa
 from megatron_keye.config.recipe import Recipe
 from megatron_keye.errors import UserError
 from megatron_keye.model.init import initialize_weights
@@ -19,6 +18,7 @@ from megatron_keye.model.transformer_config import language_config, vision_confi
 from megatron_keye.parallel.plan import Plan
 from megatron_keye.parallel.vision import VisionStep
 from megatron_keye.training import checkpoint, optimizer
+from megatron_keye.training.machine import check_machine
 from megatron_keye.training.scope import apply_scope
 from megatron_keye.training.step import TrainStep
 
@@ -39,10 +39,7 @@ class Engine:
     def _build_model(self) -> None:
         recipe, cfg = self.recipe, self.recipe.model
         device = torch.device(torch.cuda.current_device())
-        try:
-            dsa.backends.resolve(cfg.attention_backend, device)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"model.attention_backend = {cfg.attention_backend}: {error}") from error
+        check_machine(recipe, device)
         indexer_learns = cfg.attention_mode != "dense" and recipe.training.scope in ("all", "indexers")
         config = language_config(
             cfg,
@@ -87,7 +84,8 @@ class Engine:
             self.recipe.optimizer, self.language_ddp, self.tower_ddp, self.plan, self.dtype
         )
         self.schedule = optimizer.build_schedule(self.recipe.optimizer, self.recipe.training, self.optimizer)
-        vision = VisionStep(self.tower, self.plan, self.recipe.training.vision_chunk_patches)
+        training = self.recipe.training
+        vision = VisionStep(self.tower, self.plan, training.vision_chunk_patches, training.balance)
         self.step = TrainStep(self.language_ddp, self.tower_ddp, vision, self.optimizer, self.plan)
 
 

@@ -1,32 +1,40 @@
-"""One read for a whole block: its first rank reads and decodes, the others are told.
+"""One read for a whole block: its first rank reads and decodes, the blocks even out their work, the others are told.
 
 Shapes: B packed rows of S tokens, P patches (see keye_data.sample.Batch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as ps
 
 from keye_data.sample import Batch
 from megatron_keye.parallel.plan import Plan
 from megatron_keye.parallel.together import together
+from megatron_keye.training.rebalance import rebalance
 
 
 class BlockFeed:
-    """`batches` is an iterator on the block's source rank, and None on the others."""
+    """`batches` is an iterator on the block's source rank, and None on the others.
 
-    def __init__(self, batches: Iterator[Batch] | None, plan: Plan):
-        self.batches, self.plan = batches, plan
+    `cost`: the work of a micro-batch, by which rows are dealt to the blocks; None leaves them where they were read.
+    """
+
+    def __init__(self, batches: Iterator[Batch] | None, plan: Plan, cost: Callable[[list[Batch]], float] | None = None):
+        self.batches, self.plan, self.cost = batches, plan, cost
         self.device = torch.device(torch.cuda.current_device())
 
     def take(self, count: int) -> list[Batch]:
         """The next `count` micro-batches, on this rank's device, the same on every rank of the block."""
         taken = together(lambda: [next(self.batches) for _ in range(count)] if self.batches is not None else [])
+        if self.cost is not None and self.batches is not None and self.plan.data_size > 1:
+            costs = [self.cost([b]) for b in taken]
+            taken = rebalance(taken, costs, ps.get_data_parallel_group(), self.device)
         if self.plan.block.size() > 1:
             patches = [b.patches for b in taken]
             outline: list[Any] = [[replace(b, patches=torch.empty(0)) for b in taken], [len(p) for p in patches]]

@@ -6,6 +6,8 @@ import json
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megatron_keye.config.load import recipe_yaml
 from megatron_keye.config.recipe import Recipe
 from megatron_keye.errors import UserError
 from megatron_keye.model import backend
+from megatron_keye.parallel.balance import imbalance
 from megatron_keye.parallel.plan import Plan
 from megatron_keye.parallel.together import together
 from megatron_keye.planning.flops import step_flops
@@ -54,7 +57,8 @@ class Trainer:
         self.engine = Engine(recipe, plan, resume_from=found)
         if found is not None:
             self._resume(found)
-        self.feed = BlockFeed(self.loader, plan)
+        cost = partial(step_flops, recipe.model) if recipe.training.balance else None
+        self.feed = BlockFeed(self.loader, plan, cost)
         is_logger = plan.data_rank == 0 and plan.is_last_stage and plan.tensor_rank == 0 and plan.context_rank == 0
         self.log = RunLog(recipe, self.run_dir, is_logger, self.progress.iteration)
 
@@ -145,7 +149,7 @@ class Trainer:
                 "lm loss": result.lm_loss,
                 **result.extra,
                 "grad-norm": result.grad_norm,
-                "vit-imbalance": self.engine.step.vision.imbalance,
+                **self._balance(batches),
                 "video-decode-wait-ms": waited * 1000,
                 "skipped-steps": self.progress.skipped_steps,
                 "skipped-samples": sum(self.progress.skipped_samples.values()),
@@ -165,6 +169,17 @@ class Trainer:
         dist.all_gather_object(everyone, mine)
         skipped = sum((part[0] for part in everyone), Counter[str]())
         return dict(skipped), sum(part[1] for part in everyone), sum(part[2] for part in everyone)
+
+    def _balance(self, batches: list[Batch]) -> dict[str, float]:
+        """Greatest over mean, of all ranks: work of encoding and of the language model; and the slowest encoding."""
+        vision = self.engine.step.vision
+        text = [replace(b, grid=b.grid[:0]) for b in batches]
+        mine = [vision.load, step_flops(self.recipe.model, text), vision.encode_ms]
+        loads = torch.tensor(mine, dtype=torch.float64, device=torch.cuda.current_device())
+        everyone = loads.new_empty(self.plan.world_size, len(mine))
+        dist.all_gather_into_tensor(everyone, loads)
+        vit, lm, encode_ms = everyone.T.tolist()
+        return {"vit-imbalance": imbalance(vit), "lm-imbalance": imbalance(lm), "vit-encode-ms": max(encode_ms)}
 
     def _guard(self, result: StepResult) -> None:
         self.nonfinite = 0 if result.finite else self.nonfinite + 1
