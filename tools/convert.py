@@ -20,6 +20,7 @@ it stood when the same command is given again, and its --out appears only when i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,4 +122,5 @@ def new_model(args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bytes are moved, nothing is computed
     run_cli(main)

@@ -1,24 +1,26 @@
 """Any part of any tensor of a checkpoint in Megatron's distributed format, in one process and without reading the rest.
 
-Megatron's own loader asks for all parts of a tensor at once, and it stacks every layer's experts into one tensor.
+Megatron's own loader asks for all parts of a tensor at once, and it stacks every layer's experts into one tensor. Here
+the stored pieces are mapped into memory, from which the kernel drops them again as it likes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, ReadItem
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_keye.errors import UserError
+
+Offsets = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Region:
     """`sizes` elements from `offsets` on, in every dimension of the stored tensor `key`."""
 
     key: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    offsets: Offsets
+    sizes: Offsets
 
 
 class Regions:
@@ -35,68 +37,87 @@ class Regions:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.reader = FileSystemReader(folder)
         try:
-            metadata = self.reader.read_metadata()
+            metadata = FileSystemReader(folder).read_metadata()
         except Exception as error:  # a pickle of many classes: it can fail in as many ways
             raise UserError(f"{folder / '.metadata'} cannot be read ({error}); use another checkpoint") from error
-        self.reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._storage = metadata.storage_data
         self._pieces: dict[str, _Pieces] = {}
         self.tensors = {k: t for k, t in metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
 
     def dtype(self, key: str) -> torch.dtype:
         return self.tensors[key].properties.dtype
 
-    def read(self, wanted: Iterable[Region]) -> dict[Region, torch.Tensor]:
-        """Every region, in the stored dtype. Raises UserError where the checkpoint does not hold all of one."""
-        targets = {region: torch.empty(region.sizes, dtype=self.dtype(region.key)) for region in wanted}
-        items: list[ReadItem] = []
-        for key, regions in itertools.groupby(sorted(targets, key=lambda r: r.key), key=lambda r: r.key):
-            chunks = [ChunkStorageMetadata(torch.Size(r.offsets), torch.Size(r.sizes)) for r in regions]
-            items += create_read_items_for_chunk_list(key, self._near(key, chunks), chunks)
-        found = sum(prod(item.lengths) for item in items)
-        if found != sum(t.numel() for t in targets.values()):
-            names = ", ".join(sorted({region.key for region in targets}))
-            raise UserError(f"{self.folder} holds only parts of {names}, or of another shape than its model.json says")
-        self.reader.read_data(LoadPlan(items), _Into(targets)).wait()
-        return targets
+    def read(self, region: Region) -> torch.Tensor:
+        """In the stored dtype; to be read only. Raises UserError where the checkpoint does not hold all of it."""
+        if region.key not in self._pieces:
+            self._pieces[region.key] = _Pieces(self.tensors[region.key].chunks)
+        parts = [
+            (chunk, *shared) for chunk in self._pieces[region.key].near(region) if (shared := _shared(region, chunk))
+        ]
+        if sum(prod(size) for _, _, size in parts) != prod(region.sizes):
+            raise UserError(
+                f"{self.folder} holds only parts of {region.key}, or of another shape than its model.json says"
+            )
+        if len(parts) == 1:
+            chunk, start, size = parts[0]
+            return _cut(self._mapped(region.key, chunk), tuple(chunk.offsets), start, size)
+        whole = torch.empty(region.sizes, dtype=self.dtype(region.key))
+        for chunk, start, size in parts:
+            part = _cut(self._mapped(region.key, chunk), tuple(chunk.offsets), start, size)
+            _cut(whole, region.offsets, start, size).copy_(part)
+        return whole
 
-    def _near(self, key: str, wanted: list[ChunkStorageMetadata]) -> TensorStorageMetadata:
-        """The tensor with no other pieces than those that can hold a part of `wanted`.
-
-        A tensor may have thousands, of every layer and expert, and each read would look at them all.
-        """
-        if key not in self._pieces:
-            self._pieces[key] = _Pieces(self.tensors[key].chunks)
-        return dataclasses.replace(self.tensors[key], chunks=self._pieces[key].near(wanted))
+    def _mapped(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        """A piece as it lies in its file, which has one archive of torch.save after another."""
+        place = self._storage[MetadataIndex(key, chunk.offsets)]
+        path = self.folder / place.relative_path
+        with path.open("rb") as file, FakeTensorMode():  # reads all but the values, and says where those are
+            like = torch.load(
+                _create_file_view(file, place.offset, place.length), map_location="cpu", weights_only=True
+            )
+        storage = like.untyped_storage()
+        start = place.offset + storage._checkpoint_offset
+        values = torch.from_numpy(np.memmap(path, np.uint8, "c", start, (storage.nbytes(),)))
+        if values.data_ptr() % like.dtype.itemsize:  # archives begin anywhere
+            values = values.clone()
+        return values.view(like.dtype).as_strided(like.shape, like.stride(), like.storage_offset())
 
 
 class _Pieces:
-    """Pieces of a tensor by where they lie in those dimensions in which every piece is one wide."""
+    """Pieces of a tensor by where they lie in those dimensions in which every piece is one wide.
+
+    A tensor may have thousands, of every layer and expert, and each read would look at them all.
+    """
 
     def __init__(self, chunks: list[ChunkStorageMetadata]):
-        self.all = chunks
-        self.dims = [d for d in range(len(chunks[0].sizes)) if all(chunk.sizes[d] == 1 for chunk in chunks)]
-        self.at: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+        self._all = chunks
+        self._dims = [d for d in range(len(chunks[0].sizes)) if all(chunk.sizes[d] == 1 for chunk in chunks)]
+        self._at: dict[Offsets, list[ChunkStorageMetadata]] = {}
         for chunk in chunks:
-            self.at.setdefault(self._place(chunk), []).append(chunk)
+            self._at.setdefault(self._place(chunk.offsets), []).append(chunk)
 
-    def near(self, wanted: list[ChunkStorageMetadata]) -> list[ChunkStorageMetadata]:
-        if any(chunk.sizes[d] != 1 for chunk in wanted for d in self.dims):
-            return self.all
-        places = dict.fromkeys(self._place(chunk) for chunk in wanted)
-        return [chunk for place in places for chunk in self.at.get(place, [])]
+    def near(self, region: Region) -> list[ChunkStorageMetadata]:
+        """Those that can hold a part of it."""
+        if any(region.sizes[d] != 1 for d in self._dims):
+            return self._all
+        return self._at.get(self._place(region.offsets), [])
 
-    def _place(self, chunk: ChunkStorageMetadata) -> tuple[int, ...]:
-        return tuple(chunk.offsets[d] for d in self.dims)
+    def _place(self, offsets: Offsets | torch.Size) -> Offsets:
+        return tuple(offsets[d] for d in self._dims)
 
 
-class _Into(DefaultLoadPlanner):
-    def __init__(self, targets: dict[Region, torch.Tensor]):
-        super().__init__()
-        self.targets = {(region.key, region.offsets): tensor for region, tensor in targets.items()}
+def _shared(region: Region, chunk: ChunkStorageMetadata) -> tuple[Offsets, Offsets] | None:
+    """(offsets, sizes) of what the two have in common; None for nothing."""
 
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        index = read_item.dest_index
-        assert index.offset is not None
-        return self.transform_tensor(read_item, self.targets[index.fqn, tuple(index.offset)])
+    def ranges() -> Iterator[tuple[int, int]]:
+        for a, n, b, m in zip(region.offsets, region.sizes, chunk.offsets, chunk.sizes, strict=True):
+            yield max(a, b), min(a + n, b + m) - max(a, b)
+
+    starts, sizes = zip(*ranges())
+    return (starts, sizes) if min(sizes) > 0 else None
+
+
+def _cut(tensor: torch.Tensor, origin: Offsets, start: Offsets, size: Offsets) -> torch.Tensor:
+    """The part of `tensor`, which lies at `origin`, that begins at `start`."""
+    return tensor[tuple(slice(s - o, s - o + n) for s, o, n in zip(start, origin, size))]

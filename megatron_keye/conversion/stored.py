@@ -64,9 +64,7 @@ class Stored:
 
     def read(self, entry: Entry) -> list[torch.Tensor]:
         """The released tensors that one parameter stands for."""
-        regions = [self._region(part) for part in entry.parts]
-        read = self.regions.read(regions)
-        its = [read[region].reshape(part.local_shape) for region, part in zip(regions, entry.parts)]
+        its = [self.regions.read(self._region(part)).reshape(part.local_shape) for part in entry.parts]
         whole = its[0] if len(its) == 1 else torch.cat(its)
         return [tensor if self.dtype is None else tensor.to(self.dtype) for tensor in entry.link.split(whole)]
 

@@ -30,6 +30,7 @@ from megatron_keye.conversion.entries import Entry
 from megatron_keye.journal import Advance, Journal, Summed
 
 FILE_BYTES = 2_000_000_000
+ALIGNED = 64  # where pieces begin, so that their values can be mapped
 Pieces = list[tuple[MetadataIndex, Any]]  # (where it belongs, a tensor or an object)
 
 
@@ -86,6 +87,7 @@ class Streamed(SaveShardedStrategy):
     def _write(self, stream: Summed, item: Entry | ShardedObject) -> Iterator[list[int]]:
         """-> [offset, length] of each piece"""
         for piece in self._pieces(item):
+            stream.write(bytes(-stream.size % ALIGNED))
             start = stream.size
             torch.save(piece, stream)  # type: ignore[arg-type]  # all it needs is write()
             yield [start, stream.size - start]
