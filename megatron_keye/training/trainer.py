@@ -175,7 +175,7 @@ class Trainer:
         vision = self.engine.step.vision
         text = [replace(b, grid=b.grid[:0]) for b in batches]
         mine = [vision.load, step_flops(self.recipe.model, text), vision.encode_ms]
-        loads = torch.tensor(mine, dtype=torch.float64, device=torch.cuda.current_device())
+        loads = torch.tensor([mine], dtype=torch.float64, device=torch.cuda.current_device())
         everyone = loads.new_empty(self.plan.world_size, len(mine))
         dist.all_gather_into_tensor(everyone, loads)
         vit, lm, encode_ms = everyone.T.tolist()
