@@ -150,7 +150,7 @@ def key_tiles(dtype: torch.dtype, padded: int, heads: int, amd: bool = torch.ver
     """
     if dtype == torch.float32:
         return dict(BN=32, STEP=16 // heads, STAGES=1, num_warps=4)
-    keys = 128 if padded <= 128 else 64
+    keys = min(128, 2**14 // padded)
     return dict(BN=32 if amd else keys, STEP=min(16, 32 // heads), STAGES=1 if amd else 3, num_warps=8)
 
 

@@ -53,10 +53,15 @@ class Heads:
 
 
 def heads_of(q: Tensor, k: Tensor) -> Heads:
-    """[T,Hq,D], [S,Hkv,D]: at most 8 heads a program, 128 rows with 16 queries; float32 multiplies without tensor cores
-    and holds its operands in registers, hence 2."""
+    """[T,Hq,D], [S,Hkv,D]: at most 8 heads a program, 128 rows with 16 queries; fewer where D is above 128, and 2 in float32,
+    which multiplies without tensor cores and holds its operands in registers. ValueError for D above 512."""
+    if q.shape[2] > 512:
+        raise ValueError(
+            f"q: head dim {q.shape[2]} is above 512, the most that the Triton kernels' tiles have room for"
+        )
     group = q.shape[1] // k.shape[1]
-    return Heads(k.shape[1], group, min(2 if q.dtype == torch.float32 else 8, power_of_two(group)))
+    most = 2 if q.dtype == torch.float32 else max(1, min(8, 1024 // padded_dim(q.shape[2])))
+    return Heads(k.shape[1], group, min(most, power_of_two(group)))
 
 
 def power_of_two(n: int) -> int:

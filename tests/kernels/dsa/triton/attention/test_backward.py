@@ -13,6 +13,10 @@ from keye_kernels.dsa.triton_backend.union_backward import union_backward
 
 # Of each gradient, relative to its norm; the probabilities and their gradients are rounded to the inputs' type.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+HEADS = [
+    ((1, 1), torch.bfloat16), ((4, 2), torch.bfloat16), ((6, 2), torch.float32), ((6, 2), torch.bfloat16),
+    ((8, 2), torch.float16), ((16, 2), torch.bfloat16), ((12, 1), torch.float16), ((4, 2), torch.float32),
+]  # fmt: skip
 PATHS = [("union", 0.2), ("union in order", 0.2), ("words", 0.2), ("range", 1)]
 
 
@@ -64,17 +68,22 @@ def test_arrangements(arrangement, path, share, check):
     check(arrangement, path, share, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 2), (16, 2), (12, 1)])
+@pytest.mark.parametrize(("heads", "dtype"), HEADS)
 def test_heads(heads, dtype, check):
-    """Query heads a KV head: 1, 3, 4, 8 and 12, which is more than one program holds."""
+    """Query heads a KV head: 1, 2, 3, 4, 8 and 12, which is more than a program holds (in float32, 3 is)."""
     check("packed", "union", 0.3, heads=heads, dtype=dtype)
     check("tail", "range", 1, heads=heads, dtype=dtype)
 
 
-@pytest.mark.parametrize("dim", [8, 64, 72, 128, 136])
+@pytest.mark.parametrize("dim", [64, 72, 128])
 @pytest.mark.parametrize(("path", "share"), PATHS)
 def test_dims(dim, path, share, check):
+    check("ragged", path, share, dim=dim, dtype=torch.bfloat16, scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("dim", [8, 136])
+@pytest.mark.parametrize(("path", "share"), [PATHS[0], PATHS[3]])
+def test_odd_dims(dim, path, share, check):
     check("ragged", path, share, dim=dim, dtype=torch.bfloat16, scale=dim**-0.5)
 
 

@@ -10,6 +10,10 @@ from keye_kernels.dsa.triton_backend.attention_forward import forward
 
 # Of out, relative to its norm: rounding of the weights and of the result to the inputs' type. lse is float32 throughout.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+HEADS = [
+    ((1, 1), torch.bfloat16), ((4, 2), torch.bfloat16), ((6, 2), torch.float32), ((6, 2), torch.bfloat16),
+    ((8, 2), torch.float16), ((16, 2), torch.bfloat16), ((12, 1), torch.float16), ((4, 2), torch.float32),
+]  # fmt: skip
 SOURCES = [("union", 0.2), ("union", 1), ("words", 0.2), ("words", 1), ("range", 1)]
 
 
@@ -45,15 +49,14 @@ def test_arrangements(arrangement, source, share, check):
     check(arrangement, source, share, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (6, 2), (8, 2), (16, 2), (12, 1)])
+@pytest.mark.parametrize(("heads", "dtype"), HEADS)
 def test_heads(heads, dtype, check):
-    """Query heads a KV head: 1, 2, 3, 4, 8 and 12, which is more than one program holds."""
+    """Query heads a KV head: 1, 2, 3, 4, 8 and 12, which is more than a program holds (in float32, 3 is)."""
     check("packed", "union", 0.3, heads=heads, dtype=dtype)
     check("tail", "range", 1, heads=heads, dtype=dtype)
 
 
-@pytest.mark.parametrize("dim", [8, 32, 64, 72, 128, 136])
+@pytest.mark.parametrize("dim", [8, 64, 72, 128, 136])
 @pytest.mark.parametrize(("source", "share"), SOURCES[1:])
 def test_dims(dim, source, share, check):
     check("ragged", source, share, dim=dim, dtype=torch.bfloat16, scale=dim**-0.5)
@@ -63,3 +66,8 @@ def test_dims(dim, source, share, check):
 def test_scale_must_be_positive(scale, check):
     with pytest.raises(ValueError, match="scale"):
         check("causal", "range", 1, scale=scale)
+
+
+def test_dim_above_512_is_refused(check):
+    with pytest.raises(ValueError, match="head dim 520"):
+        check("causal", "range", 1, dim=520)
