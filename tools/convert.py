@@ -5,7 +5,8 @@ python tools/convert.py export --ckpt CKPT --out DIR [--experts fused|separate] 
 python tools/convert.py verify --hf DIR --ckpt CKPT [--dtype bf16|fp32]   # exit code 1 where anything differs
 python tools/convert.py names --preset keye_vl2_30b_a3b --tp 4 --ep 8 --pp 4
 
-A new Keye out of plain Qwen3-30B-A3B, as its training started (model section and seed as the recipe says):
+A new Keye out of plain Qwen3-30B-A3B, as its training started (model section and seed as the recipe says; without one,
+as the folders say, and of the released sizes where they say nothing):
 
 python tools/convert.py import --hf QWEN --vision-hf KEYE --indexers init --recipe recipes/stage0.yaml --out CKPT
     --projector init             a vision tower's folder whose projector is of another width, as Keye-VL-1.5-8B's
@@ -51,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     new.add_argument("--projector", choices=("init",), help="draw the projector")
     new.add_argument("--vision", choices=("init",), help="draw the vision tower")
     new.add_argument("--seed", type=int, help="of what is drawn; the recipe's training.seed if left out")
-    new.add_argument("--recipe", type=Path, help="whose model section it is; the released sizes if left out")
+    new.add_argument("--recipe", type=Path, help="whose model section it is; as the folders say if left out")
     new.add_argument("overrides", nargs="*", metavar="a.b=c", help="of the recipe, as in training; profile=NAME too")
 
     command = commands.add_parser("export", help="checkpoint -> Hugging Face folder")

@@ -58,7 +58,7 @@ def import_hf(
             journal = Journal(draft, _described(hf, cfg, dtype, start, file_bytes))
             if journal.news:
                 say(journal.news)
-            total = sum(e.parameter.numel() * dtypes[e.parts[0].key].itemsize for e in wanted)
+            total = sum(entry.parameter.numel() * dtypes[entry.parts[0].key].itemsize for entry in wanted)
             with progress("writing", total) as advance:
                 writer = Streamed(wanted, dtypes, value, journal, advance, file_bytes)
                 dist_checkpointing.save(state, str(draft), writer, content_metadata=None)

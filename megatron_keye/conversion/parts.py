@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from typing import Any
 
 import torch
 
+from megatron_keye.config import schema
 from megatron_keye.config.model import BEHAVIOUR, ModelConfig
 from megatron_keye.config.model_values import model_errors
 from megatron_keye.conversion.entries import Entry
 from megatron_keye.errors import UserError
-from megatron_keye.model.hf_config import LANGUAGE, VISION, read_config
+from megatron_keye.model.hf_config import INDEXER, LANGUAGE, TOKENS, VISION, read_config
 from megatron_keye.model.hf_files import Checkpoint, Source
 from megatron_keye.model.init import draw
 
@@ -32,7 +32,7 @@ class Start:
     draw_indexers: bool = False
     draw_vision: bool = False
     draw_projector: bool = False
-    model: ModelConfig | None = None  # a recipe's; None: the released shapes around the language model's own
+    model: ModelConfig | None = None  # a recipe's; None: what the folders say, and the released sizes where they do not
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -51,38 +51,54 @@ def start_config(hf: Path, start: Start, say: Say) -> ModelConfig:
         raise UserError(
             f"{hf} is a whole Keye with a vision tower and indexers of its own; import it without --indexers"
         )
+    told = {} if start.vision_hf is None else _told(start.vision_hf, say)
     cfg = start.model
     if cfg is None:
-        cfg = dataclasses.replace(ModelConfig(), **{key: getattr(plain, key) for key in (*LANGUAGE, "rope_theta")})
+        language = {key: getattr(plain, key) for key in (*LANGUAGE, "rope_theta")}
+        where = str(start.vision_hf or hf)
+        cfg = schema.instance(ModelConfig, schema.typed(ModelConfig, {**language, **told}, where), where)
+        say(f"no recipe: indexers of {cfg.indexer_heads} heads of {cfg.indexer_head_dim}, top-k {cfg.topk}")
     for key in (*LANGUAGE, "rope_theta"):
         ours, theirs = getattr(cfg, key), getattr(plain, key)
         if ours != theirs and key not in BEHAVIOUR:
             raise UserError(f"{hf}: {key} is {theirs} there and {ours} in the recipe; name the recipe of this model")
         if ours != theirs:
             say(f"{key} is {theirs} in {hf} and {ours} in the recipe, which counts")
-    if start.vision_hf is not None:
-        _check_vision(start.vision_hf, cfg, say)
+    for key in VISION:
+        if (theirs := told.get(key, getattr(cfg, key))) != getattr(cfg, key):
+            raise UserError(
+                f"{start.vision_hf}: {key} is {theirs} there and {getattr(cfg, key)} in the recipe; name another folder, "
+                "or the recipe of this vision tower"
+            )
     if errors := model_errors(cfg):
         raise UserError("\n".join(errors))
     return cfg
 
 
-def _check_vision(folder: Path, cfg: ModelConfig, say: Say) -> None:
-    """What the shapes of tensors do not tell: heads, epsilons, the angles of positions."""
+def _told(folder: Path, say: Say) -> dict[str, Any]:
+    """Keys of the model section that the vision tower's folder decides, as far as its config.json has them.
+
+    Shapes of tensors do not tell them all: heads, epsilons, the angles of positions.
+    """
     path = folder / "config.json"
     try:
-        section = json.loads(path.read_text(encoding="utf-8")).get("vision_config") if path.is_file() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(section, dict):
-        say(f"{path} says nothing of the vision tower: its heads, epsilons and rope_theta are taken to be the model's")
-        return
-    for ours, theirs in VISION.items():
-        if theirs in section and section[theirs] != getattr(cfg, ours):
-            raise UserError(
-                f"{path}: vision_config.{theirs} is {section[theirs]} there, and model.{ours} is {getattr(cfg, ours)}; "
-                "name another folder, or a recipe of this vision tower"
+        raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = _renamed(raw.get("vision_config") or {}, VISION)
+        if not values:
+            say(
+                f"{path} says nothing of the vision tower: its heads, epsilons and rope_theta are taken to be the model's"
             )
+            return {}
+        if "image_size" in raw["vision_config"] and "patch_size" in values:
+            values["vision_position_grid"] = raw["vision_config"]["image_size"] // values["patch_size"]
+        values |= _renamed(raw.get("sa_config") or {}, INDEXER) | _renamed(raw, TOKENS)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a model's configuration ({error})") from error
+    return values
+
+
+def _renamed(section: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {ours: section[theirs] for ours, theirs in names.items() if theirs in section}
 
 
 class Joined:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from megatron_keye.journal import Advance, Journal, Summed
 
 FILE_BYTES = 2_000_000_000
 ALIGNED = 64  # where pieces begin, so that their values can be mapped
-Pieces = list[tuple[MetadataIndex, Any]]  # (where it belongs, a tensor or an object)
 
 
 class Streamed(SaveShardedStrategy):
@@ -53,6 +51,9 @@ class Streamed(SaveShardedStrategy):
     @property
     def can_handle_sharded_objects(self) -> bool:
         return True
+
+    def nbytes(self, entry: Entry) -> int:
+        return entry.parameter.numel() * self.dtypes[entry.parts[0].key].itemsize
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         items = list(nested_values(sharded_state_dict))
@@ -76,7 +77,7 @@ class Streamed(SaveShardedStrategy):
         run: list[Entry | ShardedObject] = [*objects]
         size = 0
         for entry in self.entries:
-            nbytes = entry.parameter.numel() * self.dtypes[entry.parts[0].key].itemsize
+            nbytes = self.nbytes(entry)
             if size and size + nbytes > self.file_bytes:
                 yield run
                 run, size = [], 0
@@ -92,7 +93,7 @@ class Streamed(SaveShardedStrategy):
             torch.save(piece, stream)  # type: ignore[arg-type]  # all it needs is write()
             yield [start, stream.size - start]
         if isinstance(item, Entry):
-            self.advance(prod(item.parameter.shape) * self.dtypes[item.parts[0].key].itemsize)
+            self.advance(self.nbytes(item))
 
     def _pieces(self, item: Entry | ShardedObject) -> Iterator[Any]:
         if isinstance(item, ShardedObject):

@@ -100,6 +100,16 @@ def test_every_part_from_its_source(qwen, keye, tmp_path, capsys):
     assert loaded.keys() == found.keys() and all(torch.equal(loaded[name], found[name]) for name in found)
 
 
+def test_without_a_recipe_the_folders_say(qwen, keye, tmp_path, capsys):
+    by_recipe = convert(f"--hf {qwen} --vision-hf {keye} --indexers init --seed 7", tmp_path / "a")
+    by_folders = convert(f"--hf {qwen} --vision-hf {keye} --indexers init --seed 7", tmp_path / "b", recipe="")
+    assert by_recipe.keys() == by_folders.keys()
+    assert all(torch.equal(by_recipe[name], by_folders[name]) for name in by_recipe)
+    assert "no recipe: indexers of 4 heads of 32, top-k 8" in capsys.readouterr().out
+    model = json.loads((tmp_path / "b" / "ckpt" / "iter_0000000" / "model.json").read_text())
+    assert (model["rope_theta"], model["vision_layers"], model["image_token_id"]) == (1e6, 2, 510)
+
+
 def test_drawn_projector_and_drawn_tower(qwen, tmp_path):
     wide = m.build_model(m.build_config("keye_mini", num_layers=1, hidden_size=128, vocab_size=512,
                                         image_token_id=510, video_token_id=511), BF16, seed=99)  # fmt: skip
@@ -143,12 +153,12 @@ def test_what_does_not_fit_is_named(qwen, keye, tmp_path, capsys):
     both = f"--hf {qwen} --vision-hf {keye} --indexers init"
     with pytest.raises(UserError, match="num_layers is 2 there and 4 in the recipe"):
         convert(both, tmp_path, recipe=f"--recipe {RECIPE} profile=mini model.vocab_size=512")
-    with pytest.raises(UserError, match=r"vision_config\.num_hidden_layers is 2 there, and model\.vision_layers is 27"):
-        convert(both, tmp_path, recipe="")
+    with pytest.raises(UserError, match="vision_layers is 2 there and 27 in the recipe"):
+        convert(both, tmp_path, recipe=f"--recipe {RECIPE} {MINI} model.vision_layers=27")
     with pytest.raises(UserError, match="whole Keye"):
         convert(f"--hf {keye} --vision-hf {keye} --indexers init", tmp_path)
     other = edited(keye, tmp_path / "heads", {}, num_attention_heads=4)
-    with pytest.raises(UserError, match=r"vision_config\.num_attention_heads is 4 there"):
+    with pytest.raises(UserError, match="vision_heads is 4 there and 2 in the recipe"):
         convert(f"--hf {qwen} --vision-hf {other} --indexers init", tmp_path)
     (other / "config.json").unlink()
     convert(f"--hf {qwen} --vision-hf {other} --indexers init", tmp_path / "silent")
