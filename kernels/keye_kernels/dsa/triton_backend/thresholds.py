@@ -28,10 +28,10 @@ from .radix import radix
 
 # _bracket with this many scores held, 8 warps: registers / spills, Triton 3.6. Shared memory is 32 bytes (gfx942: 8 KiB).
 #                      sm_80     sm_90     sm_100    gfx942 (VGPR)
-#   8192, whole rows   101 / 0    99 / 0   105 / 0    67 / 0
+#   8192, whole rows   101 / 0    99 / 0    97 / 0    67 / 0
 #   2048                79 / 0    74 / 0    63 / 0    60 / 0
-#   4096                80 / 0    80 / 0    79 / 0    56 / 0
-#   8192               128 / 6   128 / 0   128 / 0    68 / 0
+#   4096                79 / 0    77 / 0    80 / 0    56 / 0
+#   8192               127 / 0   128 / 0   128 / 0    68 / 0
 # One step of the read is 256 instructions a warp for 8 scores a thread on sm_90: about 1.2 times what the memory allows.
 HELD = 8192  # most scores that a program holds in registers at once
 DEEP = 8  # scores that a thread reads in one step
@@ -101,15 +101,18 @@ def _kth_greatest(order, rank, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _settle(order, column, rank, SIZE: tl.constexpr):
-    """order, column int32 [SIZE] -> the rank-th greatest order, and its column where equals rank by column."""
-    threshold = _kth_greatest(order, rank, SIZE)
-    equal = order == threshold
-    wanted = rank - tl.sum((order > threshold).to(tl.int32))
+def _last_taken(equal, column, wanted):
+    """-> the wanted-th least of those columns, int32 [SIZE] in any order, that are marked as equal to the threshold."""
     last = tl.max(tl.where(equal, column, -1))
     if wanted < tl.sum(equal.to(tl.int32)):
-        last = -1 - _kth_greatest(tl.where(equal, -1 - column, LEAST), wanted, SIZE)
-    return threshold, last
+        column = tl.where(equal, column, GREATEST)
+        least = tl.min(column)
+        while least < last:
+            middle = (least + last) // 2
+            enough = tl.sum((column <= middle).to(tl.int32)) >= wanted
+            last = tl.where(enough, middle, last)
+            least = tl.where(enough, least, middle + 1)
+    return last
 
 
 @triton.jit
@@ -117,7 +120,9 @@ def _search_short(logits, start, stop, topk, HELD: tl.constexpr):
     """A row of at most HELD visible scores -> threshold, last column taken."""
     column = start + tl.arange(0, HELD)
     score = tl.load(logits + column, mask=column < stop, other=0.0)
-    return _settle(tl.where(column < stop, order_of(score), LEAST), column, topk, HELD)
+    order = tl.where(column < stop, order_of(score), LEAST)
+    threshold = _kth_greatest(order, topk, HELD)
+    return threshold, _last_taken(order == threshold, column, topk - tl.sum((order > threshold).to(tl.int32)))
 
 
 @triton.jit
@@ -169,6 +174,18 @@ def _read(
 
 
 @triton.jit
+def _search_copied(copied, inside, rank, HELD: tl.constexpr):
+    """What _read copied -> threshold, last column taken."""
+    index = tl.arange(0, HELD)
+    bits = (tl.load(copied + index, mask=index < inside, other=0) >> 32).to(tl.int32)
+    order = tl.where(index < inside, order_of(bits.to(tl.float32, bitcast=True)), LEAST)
+    threshold = _kth_greatest(order, rank, HELD)
+    equal = order == threshold
+    column = tl.load(copied + index, mask=equal, other=0).to(tl.int32)  # read again: held all along they cost registers
+    return threshold, _last_taken(equal, column, rank - tl.sum((order > threshold).to(tl.int32)))
+
+
+@triton.jit
 def _bracket(
     logits, key_start, key_stop, scratch, tau, cut, still_open, first_key, width, topk, HELD: tl.constexpr,
     WHOLE: tl.constexpr, SAMPLE: tl.constexpr, LANES: tl.constexpr, DEEP: tl.constexpr,
@@ -192,11 +209,7 @@ def _bracket(
                 rank = topk - above  # of the K-th among what is not above the bracket
                 if (rank >= 1) & (rank <= inside) & (inside <= HELD):
                     tl.debug_barrier()  # what one thread copied, others read
-                    index = tl.arange(0, HELD)
-                    pair = tl.load(copied + index, mask=index < inside, other=0)
-                    order = order_of((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True))
-                    order = tl.where(index < inside, order, LEAST)
-                    threshold, last = _settle(order, pair.to(tl.int32), rank, HELD)
+                    threshold, last = _search_copied(copied, inside, rank, HELD)
                 else:
                     threshold, last = top, bottom - first_key
                     unsure = tl.full([], 1, tl.int32)
