@@ -17,9 +17,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes that one program may use
 TENSOR_MEMORY = 512  # columns of an SM of sm_100
-# What multiplies matrices; everything else selects, lists, adds up or compares.
-MATRIX_KERNELS = {"_scores", "attend"}
-
 pytestmark = pytest.mark.slow  # two to three minutes with a cold cache: the compilers of three GPUs for every kernel
 
 
@@ -59,7 +56,8 @@ def test_no_spills_on_hopper(compiled):
 
 
 def test_matrix_kernels_use_the_matrix_units(compiled):
+    """Whatever holds a tl.dot: scores, attention, its backward, the teacher, the indexer's backward."""
     for target, unit in (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")):
-        entries = on(compiled, target)
-        assert {entry["kernel"] for entry in entries} >= MATRIX_KERNELS
-        assert not [entry for entry in entries if entry["kernel"] in MATRIX_KERNELS and not entry[unit]]
+        multiplying = [entry for entry in on(compiled, target) if entry["dots"]]
+        assert len({entry["kernel"] for entry in multiplying}) >= 8
+        assert not [entry for entry in multiplying if not entry[unit]]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import union
 from .blocks import BLOCK
 from .launch import launch as real_launch
+from .union import _compact, _scatter, _words
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
@@ -109,9 +109,9 @@ class Recorder:
     def __init__(self, union_entries: int) -> None:
         self.launches: list[Launch] = []
         self._fills: dict[Any, Callable[[dict[str, Any]], None]] = {
-            union._words: lambda arguments: _fill_counts(arguments, union_entries),
-            union._compact: _fill_union,
-            union._scatter: _fill_words,
+            _words: lambda arguments: _fill_counts(arguments, union_entries),
+            _compact: _fill_union,
+            _scatter: _fill_words,
         }
 
     def __call__(self, kernel, grid, *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
