@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def import_hf(
                 say(journal.news)
             total = sum(entry.parameter.numel() * dtypes[entry.parts[0].key].itemsize for entry in wanted)
             with progress("writing", total) as advance:
+                # Megatron warns of a folder that is not empty, as one that is gone on with never is.
+                logging.getLogger(dist_checkpointing.serialization.__name__).setLevel(logging.ERROR)
                 writer = Streamed(wanted, dtypes, value, journal, advance, file_bytes)
                 dist_checkpointing.save(state, str(draft), writer, content_metadata=None)
             _write_beside(draft, cfg, journal)
