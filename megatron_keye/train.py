@@ -50,16 +50,18 @@ def main(argv: list[str]) -> int:
         return 0
 
     from megatron_keye.parallel import plan  # the heavy imports wait until the recipe is known to be good
+    from megatron_keye.parallel.watchdog import Watchdog
     from megatron_keye.training.trainer import Trainer
 
     if first:
         make_run_dir(Path(recipe.run_dir))
     groups = plan.initialize(recipe.parallel, recipe.training.seed, recipe.training.collective_timeout_minutes)
-    trainer = Trainer(recipe, groups)
-    if first:  # not before it is known that what stands in run_dir is of this model
-        save_resolved(recipe, Path(recipe.run_dir) / "resolved.yaml")
-    trainer.run()
-    trainer.close()
+    with Watchdog(recipe.training.collective_timeout_minutes):
+        trainer = Trainer(recipe, groups)
+        if first:  # not before it is known that what stands in run_dir is of this model
+            save_resolved(recipe, Path(recipe.run_dir) / "resolved.yaml")
+        trainer.run()
+        trainer.close()
     plan.shut_down()
     return 0
 

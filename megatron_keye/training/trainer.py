@@ -22,6 +22,7 @@ from megatron_keye.config.load import recipe_yaml
 from megatron_keye.config.recipe import Recipe
 from megatron_keye.errors import UserError
 from megatron_keye.model import backend
+from megatron_keye.parallel.activity import activity
 from megatron_keye.parallel.balance import imbalance
 from megatron_keye.parallel.plan import Plan
 from megatron_keye.parallel.together import together
@@ -123,6 +124,7 @@ class Trainer:
         self.log.finish()
 
     def _one_step(self) -> None:
+        activity.step = self.progress.iteration + 1
         begin = time.perf_counter()
         batches = self.feed.take(self.micro_batches)
         waited = time.perf_counter() - begin
