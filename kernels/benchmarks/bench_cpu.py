@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -99,6 +100,7 @@ def main() -> None:
         "threads": 1,
         "torch": torch.__version__,
     }
+    result["date"] = date.today().isoformat()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(f"torch     {result['torch_seconds']}")

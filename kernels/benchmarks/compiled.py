@@ -3,7 +3,7 @@
 python kernels/benchmarks/compiled.py [--targets sm_80 sm_90 sm_100 gfx942] [--kernels NAME ...] [--write]
 
 Prints registers, spills, shared memory and the matrix instructions found in the machine code. --write keeps the figures in
-results/compiled.json. Needs no GPU: Triton brings its assemblers.
+results/compiled.json, for readme_tables.py. Needs no GPU: Triton brings its assemblers.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def compile_for(launch: Launch, target: str) -> dict:
     built = triton.compile(source, target=TARGETS[target], options=options)
     figures = {"kernel": launch.name, "target": target, **options, "shared": built.metadata.shared}
     figures["tensor_memory"] = getattr(built.metadata, "tmem_size", None) or 0
+    figures["dots"] = built.asm["ttir"].count("tt.dot ")
     figures |= _amd(built.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(built.asm["cubin"])
     shown = {name: value for name, value in launch.constants if isinstance(value, int | str)}
     return figures | {"constants": shown}
@@ -120,7 +121,7 @@ def table(results: list[dict]) -> str:
     rows = [("kernel", "target", *columns)]
     for entry in results:
         figures = (entry["error"],) if "error" in entry else tuple(str(entry.get(column, "")) for column in columns)
-        rows.append((label(entry, results), entry["target"], *figures))
+        rows.append((entry["label"], entry["target"], *figures))
     widths = [max(len(row[i]) for row in rows if i < len(row) > 3) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -175,6 +176,8 @@ def main() -> None:
     torch.set_num_threads(1)
     launches = [x for x in keye_launches() if not options.kernels or x.name in options.kernels]
     results = compile_all(launches, options.targets)
+    for entry in results:
+        entry["label"] = label(entry, results)
     print(table(results))
     document = {"triton": triton.__version__, "torch": torch.__version__, "kernels": results}
     for path in filter(None, (options.json, RESULTS if options.write else None)):
