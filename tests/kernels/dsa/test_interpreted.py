@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parent / "triton"
-LEAST = 6  # tests that must have run: an empty or skipped folder is not a pass
+LEAST = 250  # tests that must have run: an empty or skipped folder is not a pass
 
 
 @pytest.mark.slow  # the interpreter takes about 50 microseconds for each operation of each program
