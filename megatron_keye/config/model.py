@@ -44,6 +44,7 @@ class ModelConfig:
     topk: int = 2048
     indexer_fake_fp8: bool = False  # quantise indexer q and k as serving does; whether Kwai trained so is not published
     deterministic_attention: bool = False
+    grouped_experts: bool | None = None  # grouped matrix products, or one expert after another; None = grouped on CUDA
     attention_backend: str | None = None  # reference | torch | triton; None = triton on CUDA, torch on CPU
 
     # vision encoder (SigLIP-so400m lineage) and projector
@@ -65,7 +66,7 @@ class ModelConfig:
 
 
 # What may differ between two phases of one model: how it attends and computes, not what it is.
-BEHAVIOUR = ("preset", "attention_mode", "topk", "indexer_fake_fp8", "deterministic_attention", "attention_backend",
+BEHAVIOUR = ("preset", "attention_mode", "topk", "indexer_fake_fp8", "deterministic_attention", "grouped_experts", "attention_backend",
              "router_aux_loss_coeff", "init_std", "max_position_embeddings", "rope_theta")  # fmt: skip
 
 

@@ -118,14 +118,25 @@ def vision_link(name: str, cfg: ModelConfig) -> Link:
     raise KeyError(name)
 
 
-def links(module: nn.Module, cfg: ModelConfig) -> Iterator[tuple[str, nn.Parameter, Link]]:
-    """Every parameter of a LanguageModel stage or a VisionTower on this rank, with its link."""
+def links(module: nn.Module, cfg: ModelConfig) -> Iterator[tuple[str, torch.Tensor, Link]]:
+    """Every parameter of a LanguageModel stage or a VisionTower on this rank, with its link; grouped experts one by one."""
     is_language = hasattr(module, "decoder")
-    for name, parameter in module.named_parameters():
-        if is_language:
+    for whole_name, whole in module.named_parameters():
+        if not is_language:
+            yield whole_name, whole, vision_link(whole_name, cfg)
+            continue
+        for name, parameter in _one_by_one(whole_name, whole):
             yield name, parameter, language_link(global_name(name, module, cfg), cfg)
-        else:
-            yield name, parameter, vision_link(name, cfg)
+
+
+def _one_by_one(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A stack of experts' weights under the names that they have as modules of their own; anything else as it is."""
+    grouped = re.fullmatch(r"(.*mlp\.experts\.)(linear_fc[12]\.weight)", name)
+    if grouped is None:
+        yield name, parameter
+        return
+    for i, one in enumerate(parameter.detach()):
+        yield f"{grouped[1]}local_experts.{i}.{grouped[2]}", one
 
 
 def global_name(name: str, module: nn.Module, cfg: ModelConfig) -> str:
