@@ -197,13 +197,19 @@ def _stacked(layer: str, parts: dict[tuple[int, str], Lazy]) -> Iterator[Named]:
     experts = range(len(parts) // 3)
     dtype, (ffn, hidden) = parts[0, "gate_proj"].dtype, parts[0, "gate_proj"].shape
 
+    # One buffer for all experts: large blocks that come and go would leave the heap in pieces, and it would grow.
     def pairs() -> Iterator[torch.Tensor]:
+        both = torch.empty(hidden, 2 * ffn, dtype=dtype)
         for e in experts:
-            yield torch.cat([parts[e, "gate_proj"].get(), parts[e, "up_proj"].get()]).T
+            both[:, :ffn] = parts[e, "gate_proj"].get().T
+            both[:, ffn:] = parts[e, "up_proj"].get().T
+            yield both
 
     def downs() -> Iterator[torch.Tensor]:
+        down = torch.empty(ffn, hidden, dtype=dtype)
         for e in experts:
-            yield parts[e, "down_proj"].get().T
+            down.copy_(parts[e, "down_proj"].get().T)
+            yield down
 
     yield f"{layer}gate_up_proj", Lazy((len(experts), hidden, 2 * ffn), dtype, pairs)
     yield f"{layer}down_proj", Lazy((len(experts), ffn, hidden), dtype, downs)

@@ -25,7 +25,10 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is made when it is asked for. `blocks` gives its rows, in order, some at a time."""
+    """A tensor that is made when it is asked for. `blocks` gives its rows, in order, some at a time.
+
+    A block is good until the next one is asked for.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -36,8 +39,15 @@ class Lazy:
         return prod(self.shape) * self.dtype.itemsize
 
     def get(self) -> torch.Tensor:
-        blocks = list(self.blocks())
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        """The whole of it, which may be the only block itself."""
+        whole, at = torch.empty(0, dtype=self.dtype), 0
+        for block in self.blocks():
+            if tuple(block.shape) == self.shape:
+                return block
+            whole = whole if at else torch.empty(prod(self.shape), dtype=self.dtype)
+            whole[at : at + block.numel()] = block.flatten()
+            at += block.numel()
+        return whole.reshape(self.shape)
 
 
 Named = tuple[str, Lazy]
