@@ -41,6 +41,10 @@ def _model_errors(recipe: Recipe) -> list[str]:
             errors.append(
                 f"parallel.virtual_pipeline = {virtual} does not divide the {layers} layers of a stage; the nearest is {near}"
             )
+    if p.dispatcher == "flex" and p.expert * p.expert_tensor == 1:
+        errors.append(
+            "parallel.dispatcher = 'flex' has nowhere to send tokens with all experts on one rank; the nearest is 'alltoall'"
+        )
     if p.expert == 1 and p.expert_tensor != p.tensor and not errors and _megatron_below_0_19():
         errors.append(
             f"parallel.expert_tensor = {p.expert_tensor} with parallel.expert = 1 and parallel.tensor = {p.tensor} trains the experts "

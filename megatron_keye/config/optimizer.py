@@ -18,3 +18,4 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     vision_lr_scale: float = 1.0
+    offload_fraction: float = 0.0  # share of the moments and master weights that lives, and is updated, on the CPU

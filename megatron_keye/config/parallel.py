@@ -15,3 +15,4 @@ class ParallelConfig:
     virtual_pipeline: int | None = None
     expert: int = 1
     expert_tensor: int = 1
+    dispatcher: str = "alltoall"  # how tokens reach their experts: alltoall | allgather | flex (DeepEP; CUDA)

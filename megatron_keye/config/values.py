@@ -22,7 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.video.device": ("auto", "cpu", "gpu"),
     "training.precision": ("bf16", "fp32"),
     "training.scope": SCOPES,
-    "training.recompute": ("none", "full"),
+    "training.recompute": ("none", "selective", "moe", "full"),
+    "parallel.dispatcher": ("alltoall", "allgather", "flex"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "logging.wandb": ("offline", "online", "off"),
 }
@@ -42,6 +43,7 @@ AT_LEAST_ZERO = (
     "optimizer.beta2",
     "optimizer.clip_grad",
     "optimizer.vision_lr_scale",
+    "optimizer.offload_fraction",
     "model.indexer_heads",
     "model.vision_layers",
     "model.image_token_id",
@@ -144,6 +146,10 @@ def _schedule_errors(recipe: Recipe) -> list[str]:
         )
     if opt.min_lr > opt.lr >= 0:
         errors.append(f"optimizer.min_lr = {opt.min_lr} is above optimizer.lr = {opt.lr}; the nearest is {opt.lr}")
+    if opt.offload_fraction > 1:
+        errors.append(f"optimizer.offload_fraction = {opt.offload_fraction} must be 0 to 1; the nearest is 1")
+    elif opt.offload_fraction and recipe.training.precision == "fp32":
+        errors.append("optimizer.offload_fraction moves the fp32 masters of precision 'bf16'; for 'fp32' set it to 0")
     for key, beta in (("beta1", opt.beta1), ("beta2", opt.beta2)):
         if beta >= 1:
             errors.append(f"optimizer.{key} = {beta} must be below 1")

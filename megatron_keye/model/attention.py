@@ -8,9 +8,11 @@ Shapes: s local tokens, S keys of the whole row, b rows, H query heads and G KV 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.module import MegatronModule
 
@@ -40,7 +42,7 @@ class SparseCoreAttention(MegatronModule):
         key: torch.Tensor,  # [s, b, G, D]
         value: torch.Tensor,
         key_ranges: torch.Tensor,  # int32 [2, b, s]
-        indexer_outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+        *indexer_outputs: torch.Tensor,  # iq [s, b, Hi, Di], ik [s, b, Di], iw [s, b, Hi], or nothing
     ) -> torch.Tensor:
         """-> [s, b, H * D]"""
         keye = self.config.keye
@@ -48,14 +50,14 @@ class SparseCoreAttention(MegatronModule):
         # The first pass of a recomputed layer has no gradient, and needs no loss.
         learns = bool(self.config.indexer_loss_weight) and self.training and torch.is_grad_enabled()
         # The small ik travels first; K and V travel behind it, while keys are scored and selected.
-        if indexer_outputs is not None:
+        if indexer_outputs:
             iq, ik, iw = indexer_outputs if learns else (x.detach() for x in indexer_outputs)
             (ik,), wait_for_ik = gather_keys(self.context_group, ik)
         (k, v), wait_for_kv = gather_keys(self.context_group, key, value)
         q = rows_first(query)
         start, stop = flat_ranges(key_ranges, len(k) // b)
         backend = keye.attention_backend
-        if indexer_outputs is None:
+        if not indexer_outputs:
             wait_for_kv()
             out, _ = dsa.dense_attention(q, k, v, start, stop, backend=backend)
         else:
@@ -85,11 +87,16 @@ class KeyeSelfAttention(SelfAttention):
         keye = self.config.keye
         angles, indexer_angles = rotary_pos_emb.tensor_split([keye.head_dim // 2], dim=-1)
         query, key, value = self.get_query_key_value_tensors(hidden_states)[:3]
-        indexer_outputs = None
+        indexer_outputs: tuple[torch.Tensor, ...] = ()
         if keye.attention_mode == "sparse" or (self.config.indexer_loss_weight and self.training):
             indexer_outputs = self.indexer(hidden_states, indexer_angles)
         query, key = rotate(query, angles), rotate(key, angles)
-        return self.linear_proj(self.core_attention(query, key, value, attention_mask, indexer_outputs))
+        attend = partial(checkpoint, self.core_attention, False) if self._recomputes else self.core_attention
+        return self.linear_proj(attend(query, key, value, attention_mask, *indexer_outputs))
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.checkpoint_core_attention and self.training and torch.is_grad_enabled()
 
 
 def flat_ranges(key_ranges: torch.Tensor, keys_per_row: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.parallel import ParallelConfig
+from megatron_keye.model.backend import has_transformer_engine
+from megatron_keye.model.experts import grouped_by_torch
 
 
 @dataclass
@@ -31,6 +34,15 @@ UNFUSED = dict(
     persist_layer_norm=False,
     moe_permute_fusion=False,
 )
+
+
+# What of a layer is computed again in backward. The vision tower has its own way, see parallel/vision.py.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
+    "moe": dict(recompute_granularity="selective", recompute_modules=["moe"]),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
 
 
 def language_config(
@@ -64,8 +76,8 @@ def language_config(
         moe_router_pre_softmax=False,  # softmax over the chosen equals softmax over all, renormalised
         moe_router_load_balancing_type="seq_aux_loss" if router_aux_loss_coeff else "none",
         moe_aux_loss_coeff=router_aux_loss_coeff * cfg.experts_per_token / cfg.num_layers,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=False,
+        moe_token_dispatcher_type=p.dispatcher,
+        moe_grouped_gemm=has_transformer_engine() or grouped_by_torch(cfg.grouped_experts, dtype),
         qk_layernorm=True,
         normalization="RMSNorm",
         layernorm_epsilon=cfg.rms_norm_eps,
@@ -83,9 +95,7 @@ def language_config(
         batch_p2p_comm=p.virtual_pipeline is None,
         deallocate_pipeline_outputs=False,  # with gloo's asynchronous sends: use after free
         variable_seq_lengths=False,
-        recompute_granularity="full" if recompute == "full" else None,
-        recompute_method="uniform" if recompute == "full" else None,
-        recompute_num_layers=1 if recompute == "full" else None,
+        **RECOMPUTE[recompute],
         **_common(dtype),
     )
 

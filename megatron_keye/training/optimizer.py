@@ -49,6 +49,8 @@ def build_optimizer(
         use_distributed_optimizer=True,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
+        optimizer_cpu_offload=cfg.offload_fraction > 0,
+        optimizer_offload_fraction=cfg.offload_fraction,
     )
     overrides = get_standard_config_overrides(config)
     # Queries and keys are normalised, so of this matrix only the gate rows have a scale, and decay would shrink the scores.

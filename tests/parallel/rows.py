@@ -14,18 +14,24 @@ from megatron_keye.parallel.plan import Plan
 GRIDS = [(2, 2), (4, 2), (2, 4), (4, 4)]  # patches down, across
 
 
-def random_sample(cfg: ModelConfig, length: int, pictures: int, rng: np.random.Generator):
-    """A document of `length` tokens with pictures inside -> (sample, grids); the second half is to be predicted."""
+def random_sample(cfg: ModelConfig, length: int, pictures: int, rng: np.random.Generator, clips: int = 0):
+    """A document of `length` tokens with pictures inside -> (sample, grids); the second half is to be predicted.
+
+    The last `clips` of the pictures are clips of two frames, with a token for the time between them.
+    """
     ids = rng.integers(0, cfg.image_token_id, size=length)
     grids, at = [], 1
-    for _ in range(pictures):
+    for picture in range(pictures):
         down, across = GRIDS[rng.integers(len(GRIDS))]
         tokens = down * across // 4
-        if at + tokens + 1 >= length:
+        kind, frames = (cfg.video_token_id, 2) if picture >= pictures - clips else (cfg.image_token_id, 1)
+        if at + frames * (tokens + 1) >= length:
             break
-        ids[at : at + tokens] = cfg.image_token_id
-        grids.append((1, down, across))
-        at += tokens + 2
+        for _ in range(frames):
+            ids[at : at + tokens] = kind
+            grids.append((1, down, across))
+            at += tokens + 1
+        at += 1
     labels = ids.copy()
     labels[: length // 2] = IGNORE
     positions = mrope_positions(ids, np.array(grids).reshape(-1, 3), cfg.image_token_id, cfg.video_token_id)
@@ -33,24 +39,31 @@ def random_sample(cfg: ModelConfig, length: int, pictures: int, rng: np.random.G
 
 
 def step_batches(
-    cfg: ModelConfig, plan: Plan, step: int, *, rows=8, seq_length=64, micro_batch=2, most_pictures=2
+    cfg: ModelConfig, plan: Plan, step: int, *, rows=8, seq_length=64, micro_batch=2, most_pictures=2, clips=0, bare=0
 ) -> list[Batch]:
-    """This block's micro-batches of global step `step`: rows are dealt to data ranks in order."""
+    """This block's micro-batches of global step `step`: rows are dealt to data ranks in order. The last `bare` are text."""
+    packed = random_rows(cfg, step, rows, seq_length, most_pictures, clips, bare)
+    mine = packed[plan.data_rank * rows // plan.data_size : (plan.data_rank + 1) * rows // plan.data_size]
+    return [to_batch(mine[i : i + micro_batch], seq_length) for i in range(0, len(mine), micro_batch)]
+
+
+def random_rows(cfg: ModelConfig, step: int, rows: int, seq_length: int, most_pictures: int, clips=0, bare=0) -> list:
+    """-> for each row (samples, grids, pixels): up to three documents, the last part of the row is padding."""
     rng = np.random.default_rng(step)
     packed = []
-    for _ in range(rows):
+    for row in range(rows):
         samples, grids, used = [], [], 0
         for _ in range(3):
             length = int(rng.integers(8, seq_length // 2))
             if used + length > seq_length - 3:
                 break
-            sample, its_grids = random_sample(cfg, length, int(rng.integers(0, most_pictures + 1)), rng)
+            pictures = int(rng.integers(0, most_pictures + 1)) if row < rows - bare else 0
+            sample, its_grids = random_sample(cfg, length, pictures, rng, clips)
             samples.append(sample)
             grids += its_grids
             used += length
         packed.append((samples, grids, rng.integers(0, 256, size=(sum(g[1] * g[2] for g in grids), 3, 14, 14))))
-    mine = packed[plan.data_rank * rows // plan.data_size : (plan.data_rank + 1) * rows // plan.data_size]
-    return [to_batch(mine[i : i + micro_batch], seq_length) for i in range(0, len(mine), micro_batch)]
+    return packed
 
 
 def to_batch(packed: list, seq_length: int) -> Batch:

@@ -66,7 +66,7 @@ def run(mode: str, layout: str, rows: int, backend: str, dtype: torch.dtype, rec
     core = core_attention(mode, backend)
 
     def attend(query, key, value, *indexer):
-        return core(query, key, value, ranges, None if mode == "dense" else indexer)
+        return core(query, key, value, ranges, *(() if mode == "dense" else indexer))
 
     out = checkpoint(attend, *leaves, use_reentrant=True) if recompute else attend(*leaves)
     out.backward(local["grad_out"])

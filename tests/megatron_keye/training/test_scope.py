@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from invariance import recipe_for
 from launch import launch
 from rows import step_batches
-from test_layouts import recipe_for
 
 from megatron_keye.parallel import plan
 from megatron_keye.training.engine import Engine
@@ -15,7 +15,7 @@ from megatron_keye.training.scope import is_trained
 
 def train(scope: str, mode: str) -> tuple[list[str], list[str], int, int]:
     """(changed though frozen, unchanged though trained, elements with optimizer state, elements that train)"""
-    recipe = recipe_for(mode, scope, {})
+    recipe = recipe_for(mode, {}, training__scope=scope)
     recipe.optimizer.weight_decay = 0.5  # would move a parameter that had no gradient at all
     engine = Engine(recipe, groups := plan.initialize(recipe.parallel))
     named = [(f"language_model.{n}", p) for n, p in engine.language[0].named_parameters()]
