@@ -2,7 +2,7 @@
 
 Chosen in this one place, printed by the trainer. Norms stay apart from the linear layers in both, because the indexer
 needs the normalised hidden states; so the checkpoint's keys are the same too.
-The Transformer Engine side is unverified: no machine of ours has run it.
+Transformer Engine's side is unverified: its structure is tested with a stand-in, no machine of ours has run it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ import importlib.util
 import torch
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 
+from megatron_keye.model.experts import GroupedExperts
 from megatron_keye.model.norms import RMSNorm
 
 
 class LocalBackend(LocalSpecProvider):
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         return RMSNorm  # Megatron's torch norm refuses sequence parallelism
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool) -> tuple:
+        if moe_use_grouped_gemm:  # Megatron's own wants a package of CUDA kernels
+            return GroupedExperts, None
+        return super().grouped_mlp_modules(False, False)
 
 
 def has_transformer_engine() -> bool:
@@ -34,14 +40,18 @@ def backend() -> BackendSpecProvider:
 
 def describe() -> str:
     """One line for the log."""
-    if has_transformer_engine():
-        return "Transformer Engine layers (unverified), its fused optimizer"
-    optimizer = "Apex's fused Adam" if torch.cuda.is_available() and _has_apex() else "torch's AdamW"
-    return f"Megatron-Core's local layers, own RMSNorm, {optimizer}"
+    layers = "Transformer Engine (unverified)" if has_transformer_engine() else "Megatron-Core's local layers"
+    norm = backend().layer_norm(rms_norm=True)
+    return f"{layers}; norm {full_name(norm)}; optimizer {full_name(adam())}"
 
 
-def _has_apex() -> bool:
-    try:
-        return importlib.util.find_spec("apex.optimizers") is not None
-    except ModuleNotFoundError:
-        return False
+def adam() -> type:
+    """Megatron takes Transformer Engine's Adam, else Apex's, else torch's, when it is imported."""
+    from megatron.core import optimizer
+
+    return torch.optim.AdamW if optimizer.USING_PYTORCH_OPTIMIZER else optimizer.Adam
+
+
+def full_name(cls: type) -> str:
+    """`torch.optim.adamw.AdamW` -> `torch AdamW`"""
+    return f"{cls.__module__.partition('.')[0]} {cls.__qualname__}"
