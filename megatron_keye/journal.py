@@ -10,12 +10,14 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 NAME = ".journal.json"
-BLOCK = 1 << 22  # bytes read or written at once
+BLOCK = 1 << 22  # bytes read at once
+SYNC = 1 << 28  # bytes after which the disk is set to work, while the next are made
 Advance = Callable[[int], object]  # told how many bytes were dealt with
 
 
@@ -56,16 +58,15 @@ class Journal:
     def writing(self, name: str, record: list[Any]) -> Iterator[Summed]:
         """A stream whose content becomes the file `name` when the block ends; `record` may be filled meanwhile."""
         part = self.folder / f"{name}.part"
-        with part.open("wb") as file:
-            stream = Summed(file)
+        with part.open("wb") as file, ThreadPoolExecutor(1) as syncing:
+            stream = Summed(file, syncing)
             try:
                 yield stream
             except Exception:
                 if stream.failure is not None:  # torch.save would hide it behind an error of its own
                     raise stream.failure from None
                 raise
-            file.flush()
-            os.fsync(file.fileno())
+            stream.sync()
         os.replace(part, self.folder / name)
         self._said["files"][name] = {"crc": stream.crc, "size": stream.size, "record": record}
         draft = self.folder / f"{NAME}.part"
@@ -89,15 +90,19 @@ class Journal:
 class Summed:
     """Writes to a file and keeps the crc32 and the size of what went there."""
 
-    def __init__(self, file: BinaryIO):
-        self._file, self.crc, self.size = file, 0, 0
+    def __init__(self, file: BinaryIO, syncing: Executor):
+        self._file, self._syncing, self._synced = file, syncing, [syncing.submit(ignore, 0)]
+        self.crc, self.size = 0, 0
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
+        before = self.size
         self.crc, self.size = zlib.crc32(view, self.crc), self.size + view.nbytes
         try:
             self._file.write(view)
+            if before // SYNC < self.size // SYNC and self._synced[-1].done():
+                self._synced.append(self._syncing.submit(os.fsync, self._file.fileno()))
         except OSError as error:
             self.failure = error
             raise
@@ -105,6 +110,13 @@ class Summed:
 
     def flush(self) -> None:
         self._file.flush()
+
+    def sync(self) -> None:
+        """All is on disk when this returns. The kernel tells of a failure once, so every answer is looked at."""
+        self._file.flush()
+        self._synced.append(self._syncing.submit(os.fsync, self._file.fileno()))
+        for answer in self._synced:
+            answer.result()
 
 
 def forget(folder: Path) -> None:

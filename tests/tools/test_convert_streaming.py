@@ -20,8 +20,8 @@ ANONYMOUS = 3e9  # bytes; pages of mapped files are the kernel's to drop and do 
 PACE = 0.3  # of a copy's
 
 
-def copy(source: Path, target: Path) -> float:
-    """-> seconds, every file synced to disk as the tool does"""
+def copied(source: Path, target: Path) -> float:
+    """-> seconds of a copy, every file synced to disk as the tool does"""
     start = time.monotonic()
     target.mkdir()
     for file in source.iterdir():
@@ -29,7 +29,9 @@ def copy(source: Path, target: Path) -> float:
             shutil.copyfileobj(read, written, 1 << 22)
             written.flush()
             os.fsync(written.fileno())
-    return time.monotonic() - start
+    seconds = time.monotonic() - start
+    shutil.rmtree(target)
+    return seconds
 
 
 def convert(*arguments: object) -> tuple[float, int]:
@@ -45,24 +47,25 @@ def convert(*arguments: object) -> tuple[float, int]:
     return time.monotonic() - start, peak
 
 
-@pytest.mark.slow  # minutes: 6.4 GB are written four times and read eight times
+@pytest.mark.slow  # minutes: 6.4 GB are written five times and read ten times
 def test_memory_and_pace(tmp_path, capfd):
     if (free := shutil.disk_usage(tmp_path).free) < DISK:
         pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk under {tmp_path}, and {free / 1e9:.1f} GB are free")
     source, ckpt, back = tmp_path / "hf", tmp_path / "ckpt", tmp_path / "back"
     size = write(source)
     assert size >= 6e9
-    copied = copy(source, tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy")
+    before_import = copied(source, tmp_path / "copy")
     imported, import_peak = convert("import", "--hf", source, "--out", ckpt)
     convert("verify", "--hf", source, "--ckpt", ckpt)
+    before_export = copied(source, tmp_path / "copy")  # each beside its own: a machine is not equally busy all the time
     shutil.rmtree(source)
     exported, export_peak = convert("export", "--ckpt", ckpt, "--out", back)
     convert("verify", "--hf", back, "--ckpt", ckpt)
+    paces = before_import / imported, before_export / exported
     with capfd.disabled():
-        print(f"\n{size / 1e9:.2f} GB: copy {copied:.1f} s; ", end="")
-        print(f"import {imported:.1f} s = {copied / imported:.2f} of its pace, {import_peak / 1e9:.2f} GB; ", end="")
-        print(f"export {exported:.1f} s = {copied / exported:.2f} of its pace, {export_peak / 1e9:.2f} GB")
+        print(f"\n{size / 1e9:.2f} GB; copies {before_import:.1f} s and {before_export:.1f} s")
+        print(f"import {imported:.1f} s, {paces[0]:.2f} of a copy's pace, {import_peak / 1e9:.2f} GB anonymous")
+        print(f"export {exported:.1f} s, {paces[1]:.2f} of a copy's pace, {export_peak / 1e9:.2f} GB anonymous")
     assert import_peak < ANONYMOUS and export_peak < ANONYMOUS
-    assert copied / imported >= PACE and copied / exported >= PACE
+    assert min(paces) >= PACE
     assert sum(file.stat().st_size for file in back.glob("*.safetensors")) >= size
