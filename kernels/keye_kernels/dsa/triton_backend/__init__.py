@@ -29,6 +29,7 @@ def select_topk(iq, ik, iw, key_start, key_stop, topk, *, fake_fp8=False) -> Ten
     """int32 [T,K]; see ops.select_topk."""
     _check_dtype(iq=iq)
     iq, ik, iw = _indexer(iq, ik, iw, fake_fp8)
+    key_start, key_stop = key_start.contiguous(), key_stop.contiguous()
     indices = torch.full((iq.shape[0], topk), -1, dtype=torch.int32, device=iq.device)
     windows = block_windows(key_start, key_stop)
     for chunk in chunks_of(windows, len(key_start)):

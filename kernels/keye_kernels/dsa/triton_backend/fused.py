@@ -26,7 +26,7 @@ from .scores import scores
 from .teacher import teacher
 from .thresholds import thresholds
 from .union import union, words, write_indices
-from .views import View, cheaper
+from .views import View, cheaper, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class DSAttention(torch.autograd.Function):
             indices = torch.full((num_queries, settings.topk), -1, dtype=torch.int32, device=q.device)
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
-        kl, student_lse = torch.zeros(2, num_queries, dtype=torch.float32, device=q.device)
+        kl, student_lse = (torch.zeros(num_queries, dtype=torch.float32, device=q.device) for _ in range(2))
         windows = block_windows(key_start, key_stop)
-        ctx.views = []
+        kept: list[View] = []
         for chunk in _chunks(windows, num_queries, sparse):
             marks, view = None, View(chunk, windows, ranges=(key_start, key_stop))
             logits = scores(iq, ik, iw, key_start, key_stop, chunk)
@@ -69,7 +69,8 @@ class DSAttention(torch.autograd.Function):
             if sparse:
                 view = View(chunk, windows, union=union(marks, counts, windows, chunk))
             if wait is not None:  # the selection is under way: now keys and values are needed
-                wait = wait()
+                wait()
+                wait = None
                 k, v = k.contiguous(), v.contiguous()
             attention_forward(q, k, v, settings.scale, cheaper(view, marks), out, lse)
             del marks
@@ -78,12 +79,13 @@ class DSAttention(torch.autograd.Function):
                 divergence(p, logits, heads, key_start, key_stop, windows, chunk, kl, student_lse, view.union)
                 del p
             if settings.keep:
-                ctx.views.append(view)
+                kept.append(view)
         if wait is not None:
             wait()
         ctx.settings = settings
         if settings.keep:
-            ctx.save_for_backward(q, k, v, iq, ik, iw, key_start, key_stop, out, lse, student_lse)
+            ctx.packed, tensors = pack(kept)
+            ctx.save_for_backward(q, k, v, iq, ik, iw, key_start, key_stop, out, lse, student_lse, *tensors)
         if indices is not None:
             ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -92,8 +94,8 @@ class DSAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_kl, _):
-        q, k, v, iq, ik, iw, key_start, key_stop, out, lse, student_lse = ctx.saved_tensors
-        settings, windows = ctx.settings, ctx.views[0].windows if ctx.views else None
+        q, k, v, iq, ik, iw, key_start, key_stop, out, lse, student_lse, *tensors = ctx.saved_tensors
+        settings = ctx.settings
         attends = grad_out is not None and any(ctx.needs_input_grad[:3])
         teaches = grad_kl is not None and any(ctx.needs_input_grad[3:6])
         for_attention: tuple[Tensor | None, ...] = (None,) * 3
@@ -105,14 +107,14 @@ class DSAttention(torch.autograd.Function):
         if teaches:
             grad_kl, grad_iq, grad_iw = grad_kl.contiguous(), torch.zeros_like(iq), torch.zeros_like(iw)
             grad_ik = torch.zeros(ik.shape, dtype=torch.float32, device=ik.device)
-        for view in ctx.views if attends or teaches else ():
+        for view in unpack(ctx.packed, tensors) if attends or teaches else ():
             if attends:
                 attention_backward(
                     grad_out, q, k, v, lse, sums, settings.scale, cheaper(view), grad_q, grad_k, grad_v,
                     settings.deterministic,
                 )  # fmt: skip
             if teaches:
-                chunk, listed = view.chunk, view.union
+                chunk, windows, listed = view.chunk, view.windows, view.union
                 p, heads = _teacher(q, k, lse, key_start, key_stop, view, settings)
                 logits = scores(iq, ik, iw, key_start, key_stop, chunk) if listed is None else None
                 score_gradient(

@@ -17,7 +17,7 @@ from .contiguous_backward import contiguous_backward
 from .delta import delta
 from .union import index_windows, union, words_of_indices
 from .union_backward import union_backward
-from .views import View, cheaper
+from .views import View, cheaper, pack, unpack
 
 
 def backward(
@@ -58,11 +58,12 @@ class ViewedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, scale: float, deterministic: bool, views: Callable, *marks):
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
-        ctx.views = []
+        keeps: list[View] = []
         for kept, view in views(*marks):
             forward(q, k, v, scale, view, out, lse)
-            ctx.views.append(kept)
-        ctx.save_for_backward(q, k, v, out, lse)
+            keeps.append(kept)
+        ctx.packed, tensors = pack(keeps)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.scale, ctx.deterministic, ctx.num_marks = scale, deterministic, len(marks)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -70,12 +71,12 @@ class ViewedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         grad_out = grad_out.contiguous()
         grad_q = torch.zeros_like(q)
         grad_k, grad_v = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
         sums = delta(out, grad_out)
-        for view in map(cheaper, ctx.views):
+        for view in map(cheaper, unpack(ctx.packed, tensors)):
             backward(grad_out, q, k, v, lse, sums, ctx.scale, view, grad_q, grad_k, grad_v, ctx.deterministic)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), *(None,) * (3 + ctx.num_marks)
 

@@ -69,7 +69,10 @@ def window_tile(at, high, BN: tl.constexpr):
 
 @triton.jit
 def interior(low, high, latest_start, earliest_stop, BN: tl.constexpr):
-    """Tiles of BN from low, of which [first, last) are seen whole by every row -> first, last, and how many tiles remain."""
+    """Tiles of BN from low, of which [first, last) are seen whole by every row -> first, last, and how many tiles remain.
+
+    An empty range may lie anywhere, beyond the window too, and where every row's is empty the window is (0, 0)."""
+    earliest_stop = tl.minimum(earliest_stop, high)
     first = low + tl.cdiv(tl.minimum(tl.maximum(latest_start, low), high) - low, BN) * BN
     last = tl.maximum(low + (tl.maximum(earliest_stop, low) - low) // BN * BN, first)
     return first, last, (first - low) // BN + tl.cdiv(tl.maximum(high - last, 0), BN)

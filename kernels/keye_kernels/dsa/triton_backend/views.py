@@ -7,6 +7,7 @@ contiguous) or simply its queries' ranges (contiguous). The three give the same 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,3 +104,26 @@ def words_from_union(union: Union, chunk: Chunk) -> Tensor:
     block = torch.repeat_interleave(blocks, union.start.diff(), output_size=union.keys.numel())
     words.view(-1).scatter_(0, block * chunk.width + (union.keys - chunk.keys.start), union.words)
     return words
+
+
+def pack(views: list[View]) -> tuple[list[tuple[Chunk, int | None]], list[Tensor]]:
+    """Unions or ranges -> each one's chunk and longest block (None: ranges), and the tensors of all, for save_for_backward:
+    so they are freed with what else was saved, and a checkpoint drops them."""
+    packed: list[tuple[Chunk, int | None]] = []
+    tensors: list[Tensor] = []
+    for view in views:
+        union, ranges = view.union, view.ranges or ()
+        packed.append((view.chunk, None if union is None else union.widest))
+        tensors += (view.windows, *(ranges if union is None else (union.start, union.keys, union.words)))
+    return packed, tensors
+
+
+def unpack(packed: list[tuple[Chunk, int | None]], tensors: list[Tensor]) -> Iterator[View]:
+    """What `pack` took apart."""
+    following = iter(tensors)
+    for chunk, widest in packed:
+        windows, first, second = next(following), next(following), next(following)
+        if widest is None:
+            yield View(chunk, windows, ranges=(first, second))
+        else:
+            yield View(chunk, windows, union=Union(first, second, next(following), widest))
