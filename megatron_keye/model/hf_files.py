@@ -197,13 +197,13 @@ def _stacked(layer: str, parts: dict[tuple[int, str], Lazy]) -> Iterator[Named]:
     experts = range(len(parts) // 3)
     dtype, (ffn, hidden) = parts[0, "gate_proj"].dtype, parts[0, "gate_proj"].shape
 
-    # One buffer for all experts: large blocks that come and go would leave the heap in pieces, and it would grow.
+    # Buffers for all experts: large blocks that come and go would leave the heap in pieces, and it would grow.
     def pairs() -> Iterator[torch.Tensor]:
-        both = torch.empty(hidden, 2 * ffn, dtype=dtype)
+        rows, both = torch.empty(2 * ffn, hidden, dtype=dtype), torch.empty(hidden, 2 * ffn, dtype=dtype)
         for e in experts:
-            both[:, :ffn] = parts[e, "gate_proj"].get().T
-            both[:, ffn:] = parts[e, "up_proj"].get().T
-            yield both
+            rows[:ffn] = parts[e, "gate_proj"].get()
+            rows[ffn:] = parts[e, "up_proj"].get()
+            yield both.copy_(rows.T)  # a whole matrix turns four times as fast as its halves
 
     def downs() -> Iterator[torch.Tensor]:
         down = torch.empty(ffn, hidden, dtype=dtype)
