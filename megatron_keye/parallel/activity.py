@@ -9,9 +9,11 @@ import functools
 import sys
 import threading
 import time
+import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -99,16 +101,17 @@ class Activity:
 
     def place(self) -> str:
         """Where the main thread stands in code of ours: "training/feed.py:42 take"."""
-        main = threading.main_thread().ident
-        frame = sys._current_frames().get(main) if main is not None else None
-        innermost = frame
-        while frame is not None and not any(part in frame.f_code.co_filename for part in OURS):
-            frame = frame.f_back
-        frame = frame or innermost
-        if frame is None:
-            return "nowhere"
-        file = "/".join(frame.f_code.co_filename.rsplit("/", 2)[-2:])
-        return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        return innermost(traceback.walk_stack(frame)) if frame is not None else "nowhere"
+
+
+def innermost(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """Of frames from the inside out, the first in code of ours."""
+    stack = list(frames)
+    ours = [(f, line) for f, line in stack if any(part in f.f_code.co_filename for part in OURS)]
+    for frame, line in [*ours, *stack][:1]:
+        return f"{'/'.join(frame.f_code.co_filename.rsplit('/', 2)[-2:])}:{line} {frame.f_code.co_name}"
+    return "nowhere"
 
 
 activity = Activity()

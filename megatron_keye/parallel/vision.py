@@ -102,7 +102,7 @@ class VisionStep:
             mine[chunk.first : chunk.last] = self._encode(chunk)
         self._encoded.record()
         needed = self._exchange(mine, self.routes.send, self.routes.receive)
-        self.leaves = list(needed.split(self.routes.needed_per_batch))
+        self.leaves = [part.data for part in needed.split(self.routes.needed_per_batch)]  # no views: they are let go below
         if self.trains:
             self.gradient = torch.zeros_like(needed)
             for leaf, gradient in zip(self.leaves, self.gradient.split(self.routes.needed_per_batch)):
@@ -111,12 +111,16 @@ class VisionStep:
 
     def backward(self) -> None:
         """Take the leaves' gradients to the ranks that encoded them, and backpropagate there."""
-        chunks = self.chunks
+        chunks, leaves = self.chunks, self.leaves
         self.leaves, self.chunks = [], []  # nothing of this step outlives it
         if not self.trains:
             return
         gradient = self._exchange(self.gradient, self.routes.receive, self.routes.send)
         del self.gradient
+        for (
+            leaf
+        ) in leaves:  # Megatron's dispatcher keeps the end of a finished graph until the next, and so would these be
+            leaf.grad, leaf.data = None, leaf.new_empty(0)
         for chunk in chunks:
             self._encode(chunk).backward(gradient[chunk.first : chunk.last])
             chunk.features = None

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 import torch.distributed as dist
 
 from keye_data.errors import DataError
 from megatron_keye.errors import ElsewhereError, UserError
-from megatron_keye.parallel.activity import activity
+from megatron_keye.parallel.activity import activity, innermost
 
 SILENT_BEATS = 4  # who has not been heard of for so many is gone
 LEFT_IN_ORDER = (UserError, DataError, ElsewhereError, KeyboardInterrupt, SystemExit)
@@ -37,8 +39,8 @@ class Watchdog:
 
     def __init__(self, timeout_minutes: float):
         timeout = 60 * timeout_minutes
-        self.beat = min(2.0, timeout / 20)  # seconds
-        self.patience = timeout - (SILENT_BEATS + 2) * self.beat
+        self.beat = min(2.0, timeout / 40)  # seconds
+        self.patience = timeout - (SILENT_BEATS + 10) * self.beat  # leaves time for the verdict, and for all to end
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.state: dict[str, Any] = {"status": "runs"}
         self.over = threading.Event()
@@ -58,16 +60,19 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         if self.ranks == 1:
             return
-        if isinstance(error, Exception) and not isinstance(error, LEFT_IN_ORDER):
-            if _peer_is_gone(error):
-                self._peer_failed(error)
-            self.state = {"status": f"failed ({kind.__name__}: {error})"}  # its traceback follows; the others will end
-        else:
-            self.state = {"status": "left"}
+        failed = isinstance(error, Exception) and not isinstance(error, LEFT_IN_ORDER)
+        at = innermost(reversed(list(traceback.walk_tb(trace)))) if failed else "the end"
+        if failed and _peer_is_gone(error):
+            self.state = {"status": "lost a peer", "at": at}
+            self._judge(f"{activity.latest or 'a collective'} failed ({_short(error)})")
         self.over.set()
         self.thread.join()
+        self.state = {"status": f"failed ({kind.__name__}: {_short(error)})" if failed else "left", "at": at}
         with contextlib.suppress(RuntimeError):  # the store may have left before
             self._tell()
+        if failed:
+            traceback.print_exception(error)
+            self._end()
 
     # ---- the thread
 
@@ -92,21 +97,16 @@ class Watchdog:
     def _tell(self) -> None:
         waits = activity.waits_for()
         said = {
-            **self.state,
             "beat": time.monotonic(),  # that it changes is all that others read from it
             "step": activity.step,
             "waits": None if waits is None else str(waits),
             "for": 0.0 if waits is None else time.monotonic() - waits.since,
             "at": activity.place(),
+            **self.state,
         }
         self.store.set(f"rank{self.rank}", json.dumps(said))
 
     # ---- the verdict
-
-    def _peer_failed(self, error: Exception) -> None:
-        """On the main thread, which stood in a collective when its peer went."""
-        self.state = {"status": "lost a peer"}
-        self._judge(f"{activity.latest or 'a collective'} failed ({_short(error)})")
 
     def _judge(self, what: str) -> None:
         """Say who is to blame for `what`, once for the whole job, and end this rank. Does not return."""
@@ -132,7 +132,9 @@ class Watchdog:
         print(f"error: {text}; {HINT}", file=sys.stderr, flush=True)
 
     def _end(self) -> None:
-        """Not in order: that would wait for the others."""
+        """Not in order, which would wait for other ranks, or for the loader's processes, whose pipes nobody reads."""
+        for child in multiprocessing.active_children():
+            child.kill()
         sys.stdout.flush()
         os._exit(1)
 
@@ -177,7 +179,7 @@ def _peer_is_gone(error: Exception) -> bool:
     )
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """Its first sentence, without the place in torch's sources that gloo puts before it."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[\S+:\d+\] ", "", line).split(". ")[0][:200]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from training_runs import command, finish, metrics, start
 
-TIMEOUT = 12.0  # seconds; the ranks share two cores with each other and the loader
+TIMEOUT = 20.0  # seconds; the ranks share two cores with each other, the loader and whoever else is here
 OPTIONS = ("training.steps=6", "checkpoint.interval=2", "checkpoint.keep=9", f"training.collective_timeout_minutes={TIMEOUT / 60}")  # fmt: skip
 
 
@@ -66,7 +66,7 @@ take, steps = BlockFeed.take, []
 def stuck(self, count):
     steps.append(count)
     if len(steps) == 3 and os.environ["RANK"] == "1":
-        print("stuck at", time.time(), flush=True)
+        print(f"\\nstuck at {time.time()}", flush=True)
         time.sleep(600)
     return take(self, count)
 
@@ -105,4 +105,4 @@ def test_a_fault_of_one_rank_is_named_once(clip_shards: Path, qwen_tiktoken: Pat
     lines = [line for line in text.splitlines() if line.startswith("error")]
     assert len(lines) == 1, text
     assert "rank 1 failed (ZeroDivisionError: a fault of the program)" in lines[0]
-    assert text.count("ZeroDivisionError: a fault of the program") >= 2, "and its own traceback tells more"
+    assert "in stuck\n" in text, "and its own traceback tells more"
