@@ -52,3 +52,10 @@ def test_rehearsal(tmp_path):
     }
     expected |= {"warm-up forward + backward", "scores", "top-k", "attention forward", "attention backward", "loss"}
     assert set(rows) >= expected
+
+
+def test_needs_torch_and_triton_alone():
+    code = "import sys; sys.modules['numpy'] = None; sys.path.insert(0, sys.argv[1]); import bench_gpu"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(SCRIPT.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

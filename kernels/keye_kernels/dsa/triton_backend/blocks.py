@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK = 16  # queries in a block: one bit each in a 16-bit word per key
 PAIRS_PER_CHUNK = 2**28  # fp32 scores of a chunk: at most 1 GiB
@@ -51,9 +51,9 @@ def block_windows(key_start: Tensor, key_stop: Tensor) -> Tensor:
     """int32 [T], [T] -> int32 [2, T / 16 rounded up]: lowest start and highest stop of each block; (0, 0) if it sees nothing."""
     filled = key_start < key_stop
     unseen = torch.iinfo(torch.int32).max
-    pad = (0, -len(key_start) % BLOCK)
-    low = torch.nn.functional.pad(torch.where(filled, key_start, unseen), pad, value=unseen).view(-1, BLOCK).amin(1)
-    high = torch.nn.functional.pad(torch.where(filled, key_stop, 0), pad).view(-1, BLOCK).amax(1)
+    fill = (0, -len(key_start) % BLOCK)
+    low = pad(torch.where(filled, key_start, unseen), fill, value=unseen).view(-1, BLOCK).amin(1)
+    high = pad(torch.where(filled, key_stop, 0), fill).view(-1, BLOCK).amax(1)
     return torch.stack((torch.where(high == 0, 0, low), high)).int()
 
 
@@ -63,24 +63,24 @@ def chunks_of(windows: Tensor, num_queries: int, pairs: int | None = None) -> li
     They follow from the ranges alone, never from heads: tensor-parallel ranks cut alike. Chunks that see nothing are
     left out. Waits for the device once.
     """
-    low, high = windows.cpu().numpy()
-    num_blocks, sizes = len(low), (high - low).astype(np.int64)
-    low = np.where(high == 0, np.iinfo(np.int32).max, low)
+    low, high = windows.cpu().long()
+    num_blocks, sizes, unseen = len(low), high - low, torch.iinfo(torch.int32).max
+    low = torch.where(high == 0, unseen, low)
     pairs = PAIRS_PER_CHUNK if pairs is None else pairs
     blocks = min(ROWS_PER_CHUNK // BLOCK, max(num_blocks, 1))
     while True:
-        starts = np.arange(0, num_blocks, blocks)
-        first, last = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
-        widest = int((last - first).max(initial=0))
+        fill = (0, -num_blocks % blocks)
+        first, last = pad(low, fill, value=unseen).view(-1, blocks).amin(1), pad(high, fill).view(-1, blocks).amax(1)
+        widest = max((last - first).tolist(), default=0)
         if blocks == 1 or widest * blocks * BLOCK <= pairs:
             break
         blocks = -(-blocks // 2)
     return [
         Chunk(
             slice(at * BLOCK, min((at + blocks) * BLOCK, num_queries)),
-            slice(int(a), int(b)),
+            slice(a, b),
             int(sizes[at : at + blocks].sum()),
         )
-        for at, a, b in zip(starts.tolist(), first, last)
+        for at, a, b in zip(range(0, num_blocks, blocks), first.tolist(), last.tolist())
         if b > 0
     ]
