@@ -3,6 +3,7 @@
 python -m megatron_keye.train recipes/stage1.yaml profile=mini                              # one process, a laptop
 torchrun --nproc-per-node 8 -m megatron_keye.train recipes/stage1.yaml optimizer.lr=1e-5
 python -m megatron_keye.train recipes/stage3.yaml --dry-run --world-size 1024               # no GPU, no data
+python -m megatron_keye.train recipes/stage3.yaml --fit gpus=512 memory=80GiB                # which layouts fit, best first
 """
 
 from __future__ import annotations
@@ -11,27 +12,20 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_keye.cli import run_cli
+from megatron_keye.cli import EXPECTED, run_cli
 from megatron_keye.config.load import load_recipe, save_resolved
 from megatron_keye.config.validate import validate
-from megatron_keye.errors import UserError
+from megatron_keye.errors import ElsewhereError, UserError
+from megatron_keye.planning import options
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron_keye.train", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="a YAML file, see recipes/")
     parser.add_argument("overrides", nargs="*", help="profile=mini, a.b=c ...")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="resolve, validate, print layout and sizes; train nothing"
-    )
-    parser.add_argument("--world-size", type=int, help="for --dry-run: how many ranks to plan for")
-    parser.add_argument("--json", type=Path, help="for --dry-run: write the plan there too")
+    options.add_options(parser)
     args = parser.parse_intermixed_args(argv)
-    for option, value in (("--world-size", args.world_size), ("--json", args.json)):
-        if value is not None and not args.dry_run:
-            raise UserError(f"{option} belongs to --dry-run; a run takes its ranks from torchrun and writes to run_dir")
-    if args.world_size is not None and args.world_size < 1:
-        raise UserError(f"--world-size {args.world_size} must be 1 or more")
+    options.check_options(args)
     return args
 
 
@@ -40,13 +34,14 @@ def main(argv: list[str]) -> int:
     world_size = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     first = os.environ.get("RANK", "0") == "0"
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.fit:
+        options.plan(recipe, world_size, args)
+        return 0
     for warning in validate(recipe, world_size):
         if first:
             print(f"warning: {warning}")
     if args.dry_run:
-        from megatron_keye.planning.dry_run import dry_run
-
-        dry_run(recipe, world_size, args.json)
+        options.plan(recipe, world_size, args)
         return 0
 
     from megatron_keye.parallel import plan  # the heavy imports wait until the recipe is known to be good
@@ -60,7 +55,11 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(recipe, groups)
         if first:  # not before it is known that what stands in run_dir is of this model
             save_resolved(recipe, Path(recipe.run_dir) / "resolved.yaml")
-        trainer.run()
+        try:
+            trainer.run()
+        except (*EXPECTED, ElsewhereError):
+            trainer.close()
+            raise
         trainer.close()
     plan.shut_down()
     return 0

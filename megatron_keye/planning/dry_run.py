@@ -19,18 +19,20 @@ from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.model_values import model_errors
 from megatron_keye.config.recipe import Recipe
 from megatron_keye.errors import UserError
+from megatron_keye.planning.estimate import Estimate, as_json, estimate, survey_stages
 from megatron_keye.planning.flops import step_flops
+from megatron_keye.planning.hardware import H200, Hardware
+from megatron_keye.planning.picture import draw
 from megatron_keye.planning.report import print_plan
-from megatron_keye.planning.stages import Held, Stage, build_stages
+from megatron_keye.planning.stages import Held, Stage, build_stages, stage_bytes, summed_over
+from megatron_keye.planning.survey import planned_batch
 
 PARTS = ("language model", "indexers", "vision encoder", "projector")
 NOT_ESTIMATED = [
-    "activations and their recomputation",
-    "communication, its volume and time",
-    "temporary buffers: logits, expert permutation, collectives, the allocator's slack",
-    "padding of Megatron's gradient and optimizer buffers",
-    "pictures and frames in the FLOPs of a step (how many there are depends on the data)",
-    "time of a step",
+    "what the allocator, CUDA, NCCL and fragmentation take beside live tensors (5 GiB is a usual reserve)",
+    "temporaries of the optimizer's update, when activations are gone",
+    "uneven routing: experts are taken to be chosen evenly",
+    "reading and decoding of data, checkpoints",
 ]
 CONVENTION = (
     "a multiply-add counts as two; backward twice the forward, whatever is frozen; recomputation not counted; "
@@ -38,34 +40,64 @@ CONVENTION = (
 )
 
 
-def dry_run(recipe: Recipe, world_size: int, json_path: Path | None = None) -> dict[str, Any]:
+def dry_run(
+    recipe: Recipe,
+    world_size: int,
+    json_path: Path | None = None,
+    picture_path: Path | None = None,
+    machine: Hardware | None = H200,
+) -> dict[str, Any]:
     """Print the plan of `recipe` on `world_size` ranks; the same content is returned and written to `json_path`.
 
-    Sizes are elements or bytes, per rank where under "stages". Raises UserError for an impossible layout, a model that
-    cannot be built, a process that already has process groups, or a file that cannot be written.
+    Sizes are elements or bytes, per rank where under "stages". Without a machine no step is traced: parameters and what
+    is kept of them alone. Raises UserError for an impossible layout, a model that cannot be built or run, a process that
+    already has process groups, or a file that cannot be written.
     """
     errors = model_errors(recipe.model) or layout_errors(recipe, world_size)
     if errors:
         raise UserError("\n".join(errors))
-    result = make_plan(recipe, world_size)
+    result = make_plan(recipe, world_size, machine)
     if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
         print_plan(result)
         if json_path is not None:
             _write(result, json_path)
+        if picture_path is not None:
+            draw(result, picture_path)
     return result
 
 
-def make_plan(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def make_plan(recipe: Recipe, world_size: int, machine: Hardware | None = None) -> dict[str, Any]:
     layout = _layout(recipe, world_size)
     stages = build_stages(recipe)
-    return {
+    plan = {
         "recipe": _essentials(recipe, layout),
         "layout": layout,
         "parameters": _parameters(recipe, stages),
-        "stages": [_stage(stage, layout) for stage in stages],
+        "stages": [_stage(stage, recipe, layout) for stage in stages],
         "flops": _flops(recipe, world_size),
         "not_estimated": NOT_ESTIMATED,
     }
+    if machine is not None:
+        _add_step(
+            plan, estimate(recipe, world_size, stages, machine, survey_stages(recipe, world_size)), recipe, machine
+        )
+    return plan
+
+
+def _add_step(plan: dict[str, Any], found: Estimate, recipe: Recipe, machine: Hardware) -> None:
+    """Activations into the stages, and what a step takes."""
+    for stage, parts, phase, flight in zip(plan["stages"], found.stages, found.peak_in, found.in_flight):
+        sizes = stage["bytes"]
+        sizes["activations"] = sum(parts.values())
+        sizes["sum"] += sizes["activations"]
+        stage |= {"activations": parts, "peak_in": phase, "micro_batches_in_flight": flight}
+    batch, essentials = planned_batch(recipe), plan["recipe"]
+    useful = step_flops(recipe.model, [batch]) * essentials["global_batch_size"] / essentials["micro_batch_size"]
+    tokens = essentials["tokens_per_step"]
+    plan["step"] = as_json(found, plan["layout"]["world_size"], machine, tokens, useful)
+    plan["step"]["picture_tokens_per_row"] = (
+        int(batch.grid.prod(-1).sum()) // recipe.model.merge_size**2 // len(batch.input_ids)
+    )
 
 
 def _essentials(recipe: Recipe, layout: dict[str, Any]) -> dict[str, Any]:
@@ -121,18 +153,9 @@ def _parameters(recipe: Recipe, stages: list[Stage]) -> dict[str, Any]:
     }
 
 
-def _stage(stage: Stage, layout: dict[str, Any]) -> dict[str, Any]:
+def _stage(stage: Stage, recipe: Recipe, layout: dict[str, Any]) -> dict[str, Any]:
     trained = [h for h in stage.held if h.trained]
-    summing = {
-        "dense": layout["data"] * layout["context"],
-        "experts": layout["expert_data"],
-        "vision": layout["world_size"],
-    }
-    memory = {
-        "weights": sum(h.elements * h.element_size for h in stage.held),
-        "gradients": sum(4 * h.elements for h in trained),  # fp32, whole on every rank
-        "optimizer": sum(optimizer_bytes([h for h in trained if h.group == g], ranks) for g, ranks in summing.items()),
-    }
+    memory = stage_bytes(stage, recipe, layout["world_size"])
     language = [h for h in stage.held if h.group != "vision"]
     return {
         "stage": stage.index,
@@ -142,14 +165,8 @@ def _stage(stage: Stage, layout: dict[str, Any]) -> dict[str, Any]:
         "trained": _by_part(trained),
         "language_parameters_of_all_ranks": sum(h.elements * h.shards for h in language),
         "bytes": {**memory, "sum": sum(memory.values())},
-        "gradients_summed_over": summing,
+        "gradients_summed_over": summed_over(recipe, layout["world_size"]),
     }
-
-
-def optimizer_bytes(trained: list[Held], ranks: int) -> int:
-    """AdamW's two moments in fp32, and an fp32 master of weights kept in less, divided over `ranks` (the largest share)."""
-    total = sum(h.elements * (8 if h.element_size == 4 else 12) for h in trained)
-    return -(-total // ranks)
 
 
 def _by_part(held: list[Held]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A plan on the terminal: four tables, and what they do not contain."""
+"""A plan on the terminal, as tables, and what they do not contain."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console = Console(file=console.file, highlight=False, width=110)
-    for table in (_essentials(plan), _parameters(plan), _stages(plan), _flops(plan)):
+    tables = [_essentials(plan), _parameters(plan), _stages(plan), _flops(plan)]
+    if "step" in plan:
+        tables += [_activations(plan), _step(plan), _traffic(plan)]
+    for table in tables:
         console.print(table)
     console.print(f"FLOPs: {plan['flops']['convention']}.", markup=False)
-    console.print("Not yet estimated:", *(f"  - {what}" for what in plan["not_estimated"]), sep="\n", markup=False)
+    console.print("Not estimated:", *(f"  - {what}" for what in plan["not_estimated"]), sep="\n", markup=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -73,29 +76,67 @@ def _parameters(plan: dict[str, Any]) -> Table:
 
 def _stages(plan: dict[str, Any]) -> Table:
     """One column a kind of size, one row a stage: a pipeline may have many stages."""
+    kinds = ["weights", "gradients", "optimizer", *(["activations"] if "step" in plan else []), "sum"]
     table = _table(
-        "One rank of each pipeline stage (GiB without activations; the vision tower is whole on every rank)",
-        "stage: layers",
-        "rank",
-        "parameters",
-        "trained",
-        "weights",
-        "gradients",
-        "optimizer",
-        "these three",
+        "One rank of each pipeline stage (GiB; the vision tower is whole on every rank)",
+        *("stage: layers", "rank", "parameters", "trained", *("all" if kind == "sum" else kind for kind in kinds)),
     )
     for stage in plan["stages"]:
         layers = ", ".join(f"{first}-{last}" for first, last in stage["layers"])
-        sizes = stage["bytes"]
         table.add_row(
             f"{stage['stage']}: {layers}",
             f"{stage['rank']:,}",
-            f"{sum(stage['parameters'].values()):,}",
-            f"{sum(stage['trained'].values()):,}",
-            *(f"{sizes[key] / GIB:.2f}" for key in ("weights", "gradients", "optimizer", "sum")),
+            _millions(sum(stage["parameters"].values())),
+            _millions(sum(stage["trained"].values())),
+            *(f"{stage['bytes'][kind] / GIB:.2f}" for kind in kinds),
         )
         for part, count in stage["parameters"].items():
-            table.add_row(f"   {part}", "", f"{count:,}", f"{stage['trained'][part]:,}", style="dim")
+            table.add_row(f"   {part}", "", _millions(count), _millions(stage["trained"][part]), style="dim")
+    return table
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def _activations(plan: dict[str, Any]) -> Table:
+    """The greatest peaks; stages alike but for the micro-batches in flight stand in one table."""
+    pictures = plan["step"]["picture_tokens_per_row"]
+    table = _table(
+        f"Activations at their peak (GiB; {pictures:,} tokens of each row are pictures)",
+        *("stage", "peak during", "in flight", "part", "GiB"),
+    )
+    for stage in plan["stages"]:
+        head = [str(stage["stage"]), stage["peak_in"], str(stage["micro_batches_in_flight"])]
+        for part, size in stage["activations"].items():
+            if size >= 0.01 * stage["bytes"]["activations"]:
+                table.add_row(*head, part, f"{size / GIB:.2f}")
+                head = ["", "", ""]
+    return table
+
+
+def _step(plan: dict[str, Any]) -> Table:
+    step = plan["step"]
+    table = _table(f"A step on {step['machine']}, predicted", "", "seconds", "share")
+    total = step["seconds"]["total"]
+    for name, seconds in step["seconds"].items():
+        table.add_row(name, f"{seconds:.3f}", f"{seconds / total:.0%}")
+    table.add_section()
+    for name, value in (
+        ("tokens/s/GPU", f"{step['tokens_per_second_and_gpu']:,.0f}"),
+        ("TFLOP/s/GPU, useful", f"{step['tflops_per_gpu']:.0f}"),
+        ("of the peak (MFU)", f"{step['mfu']:.1%}"),
+        ("pipeline bubble", f"{step['bubble']:.1%}"),
+        ("FLOPs issued by the slowest rank", f"{step['issued_flops_per_rank']:.3e}"),
+    ):
+        table.add_row(name, value, "")
+    return table
+
+
+def _traffic(plan: dict[str, Any]) -> Table:
+    table = _table("Sent by one rank in a step (GiB)", "collective", "calls", "over NVLink", "over the network")
+    for name, row in plan["step"]["traffic"].items():
+        table.add_row(name, f"{row['count']:,.0f}", f"{row['nvlink'] / GIB:.2f}", f"{row['network'] / GIB:.2f}")
     return table
 
 

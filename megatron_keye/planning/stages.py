@@ -6,6 +6,7 @@ world is the smallest that the layout fits into: the time taken does not grow wi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import lcm
 
@@ -47,11 +48,46 @@ class Stage:
     held: list[Held]
 
 
-def build_stages(recipe: Recipe) -> list[Stage]:
-    """One rank of every stage. Raises UserError where process groups exist already or a stage cannot be built."""
+def summed_over(recipe: Recipe, world_size: int) -> dict[str, int]:
+    """How many ranks sum the gradients of each group of parameters, and share its optimizer states."""
+    p = recipe.parallel
+    return {
+        "dense": world_size // (p.pipeline * p.tensor),
+        "experts": world_size // (p.pipeline * p.expert * p.expert_tensor),
+        "vision": world_size,
+    }
+
+
+def stage_bytes(stage: Stage, recipe: Recipe, world_size: int) -> dict[str, int]:
+    """What a GPU keeps all the time: weights, gradients (fp32, whole), and its share of the optimizer's states."""
+    trained = [h for h in stage.held if h.trained]
+    return {
+        "weights": sum(h.elements * h.element_size for h in stage.held),
+        "gradients": sum(4 * h.elements for h in trained),
+        "optimizer": sum(
+            round(
+                (1 - recipe.optimizer.offload_fraction)
+                * optimizer_bytes([h for h in trained if h.group == group], ranks)
+            )
+            for group, ranks in summed_over(recipe, world_size).items()
+        ),
+    }
+
+
+def optimizer_bytes(trained: list[Held], ranks: int) -> int:
+    """AdamW's two moments in fp32, and an fp32 master of weights kept in less, divided over `ranks` (the largest share)."""
+    total = sum(h.elements * (8 if h.element_size == 4 else 12) for h in trained)
+    return -(-total // ranks)
+
+
+def build_stages(recipe: Recipe, indices: Iterable[int] | None = None) -> list[Stage]:
+    """One rank of every stage, or of those asked for.
+
+    Raises UserError where process groups exist already or a stage cannot be built.
+    """
     if dist.is_initialized():
         raise UserError("a dry run needs a process of its own: this one already has process groups; start a fresh one")
-    return [_build_in_fake_world(recipe, index) for index in range(recipe.parallel.pipeline)]
+    return [_build_in_fake_world(recipe, index) for index in indices or range(recipe.parallel.pipeline)]
 
 
 def _build_in_fake_world(recipe: Recipe, index: int) -> Stage:

@@ -16,6 +16,7 @@ from megatron_keye.config.load import load_recipe
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.plan import shut_down
 from megatron_keye.planning.dry_run import dry_run, make_plan
+from megatron_keye.planning.hardware import H200
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGE1 = ROOT / "recipes" / "stage1.yaml"
@@ -184,7 +185,7 @@ TINY = [
 )
 def test_flops_by_hand(mode, scope, forward):
     chosen = recipe(*TINY, f"model.attention_mode={mode}", f"training.scope={scope}")
-    flops = dry_run(chosen, 2)["flops"]
+    flops = dry_run(chosen, 2, machine=None)["flops"]
     assert flops["per_step"] == {"dense_equivalent": 6 * 3 * 9312, "actual": 6 * 3 * forward}
     assert flops["per_step_and_rank"] == {"dense_equivalent": 3 * 3 * 9312, "actual": 3 * 3 * forward}
     # 4 patches: embedding 2 * 3*196*8 and matrices 2 * (4*64 + 2*8*16) each, attention 4 * 8 * 16, projector 2 * (32*32 + 32*8)
@@ -193,7 +194,17 @@ def test_flops_by_hand(mode, scope, forward):
 
 def test_command_line_needs_no_gpu_and_no_data(tmp_path):
     written = tmp_path / "plans" / "stage1.json"
-    command = ["recipes/stage1.yaml", "--dry-run", "--world-size", "256", "--json", str(written)]
+    drawn = tmp_path / "plans" / "stage1.png"
+    command = [
+        "recipes/stage1.yaml",
+        "--dry-run",
+        "--world-size",
+        "256",
+        "--json",
+        str(written),
+        "--picture",
+        str(drawn),
+    ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ".:kernels:data_pipeline"}
     done = subprocess.run(
         [sys.executable, "-m", "megatron_keye.train", *command],
@@ -204,9 +215,18 @@ def test_command_line_needs_no_gpu_and_no_data(tmp_path):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    for text in ("31,122,082,160", "64 data", "32 expert-data", "Not yet estimated", "activations"):
+    for text in (
+        "31,122,082,160",
+        "64 data",
+        "32 expert-data",
+        "Not estimated",
+        "activations",
+        "tokens/s/GPU",
+        "allgather",
+    ):
         assert text in done.stdout
-    assert json.loads(written.read_text()) == make_plan(recipe(), 256)
+    assert json.loads(written.read_text()) == json.loads(json.dumps(make_plan(recipe(), 256, H200)))
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_impossible_layout_names_the_nearest():
@@ -235,4 +255,9 @@ def test_refuses_a_process_with_groups():
 def test_json_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--json .*plan.json: cannot be written"):
-        dry_run(recipe("profile=mini"), 1, tmp_path / "file" / "plan.json")
+        dry_run(recipe("profile=mini"), 1, tmp_path / "file" / "plan.json", machine=None)
+
+
+def test_picture_that_cannot_be_drawn(tmp_path):
+    with pytest.raises(UserError, match=r"--picture .*plan.jpx: cannot be written"):
+        dry_run(recipe("profile=mini"), 1, None, tmp_path / "plan.jpx", machine=None)
