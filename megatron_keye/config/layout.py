@@ -45,7 +45,7 @@ def _model_errors(recipe: Recipe) -> list[str]:
         errors.append(
             "parallel.dispatcher = 'flex' has nowhere to send tokens with all experts on one rank; the nearest is 'alltoall'"
         )
-    if p.expert == 1 and p.expert_tensor != p.tensor and not errors and _megatron_below_0_19():
+    if p.expert == 1 and p.expert_tensor != p.tensor and not errors and megatron_below_0_19():
         errors.append(
             f"parallel.expert_tensor = {p.expert_tensor} with parallel.expert = 1 and parallel.tensor = {p.tensor} trains the experts "
             f"wrongly in Megatron-Core below 0.19; the nearest is expert_tensor = {p.tensor} (or expert = 2)"
@@ -92,7 +92,8 @@ def _batch_errors(recipe: Recipe, world_size: int) -> list[str]:
     ]
 
 
-def _megatron_below_0_19() -> bool:
+def megatron_below_0_19() -> bool:
+    """Whether the Megatron-Core installed is one before 0.19."""
     try:
         major, minor = version("megatron-core").split(".")[:2]
     except PackageNotFoundError:

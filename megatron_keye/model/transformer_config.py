@@ -14,6 +14,7 @@ from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.model.backend import has_transformer_engine
 from megatron_keye.model.experts import grouped_by_torch
+from megatron_keye.model.known_faults import refuse_known_faults
 
 
 @dataclass
@@ -22,6 +23,10 @@ class KeyeTransformerConfig(TransformerConfig):
 
     keye: ModelConfig = field(default_factory=ModelConfig)
     indexer_loss_weight: float = 0.0  # 0: the indexer's KL is not computed (evaluation, dense stages)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_known_faults(self)
 
 
 # What a machine without Transformer Engine's and Apex's kernels can run.

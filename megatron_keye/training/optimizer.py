@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
@@ -37,6 +38,7 @@ def build_optimizer(
     dtype: torch.dtype,
 ) -> ChainedOptimizer:
     """Over every trained parameter of the two; a module with none is left out, on all ranks alike."""
+    _all_ranks_make_the_same(trains(language), vision is not None and trains([vision]))
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=cfg.lr,
@@ -67,6 +69,14 @@ def build_optimizer(
             group["max_lr"], group["min_lr"] = cfg.lr * cfg.vision_lr_scale, cfg.min_lr * cfg.vision_lr_scale
         optimizers += made.chained_optimizers
     return ChainedOptimizer(optimizers)
+
+
+def _all_ranks_make_the_same(*optimizers: bool) -> None:
+    """Making one is a collective of the whole world in Megatron: a rank that left one out would be waited for for ever."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, optimizers)
+    if len(set(everyone)) > 1:
+        raise RuntimeError(f"what trains (language model, vision tower) differs between ranks: {everyone}")
 
 
 def trains(modules: list[Any]) -> bool:
