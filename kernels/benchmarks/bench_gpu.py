@@ -230,18 +230,22 @@ def main() -> None:
         for overlap in overlaps[1:]:
             plan((f"{length}, u {overlap:g}", lambda length=length, u=overlap: bench.whole(length, u, False)))  # type: ignore[misc]
         plan((f"{length}, warm-up", lambda length=length: bench.warmup(length)))  # type: ignore[misc]
+    failed: list[str] = []
     for at, (name, measure) in enumerate(measurements):
         if time.monotonic() - began > options.minutes * 60:
             report.add("left out, the minutes are up", note="; ".join(name for name, _ in measurements[at:]))
             break
         try:
             measure()
-        except torch.OutOfMemoryError as error:
-            report.add(name, note=f"out of memory: {str(error).splitlines()[0]}")
+        except Exception as error:  # the minutes on a GPU are dear: what fails is named, and the rest is measured
+            failed.append(name)
+            report.add(name, note=f"FAILED, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         if device.type == "cuda":
             torch.cuda.empty_cache()
     bench.crossings()
     report.finish()
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
