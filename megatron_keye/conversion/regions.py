@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -72,13 +71,12 @@ class Regions:
         """A piece as it lies in its file, which has one archive of torch.save after another."""
         place = self._storage[MetadataIndex(key, chunk.offsets)]
         path = self.folder / place.relative_path
-        with path.open("rb") as file, FakeTensorMode():  # reads all but the values, and says where those are
-            like = torch.load(
-                _create_file_view(file, place.offset, place.length), map_location="cpu", weights_only=True
-            )
-        storage = like.untyped_storage()
-        start = place.offset + storage._checkpoint_offset
-        values = torch.from_numpy(np.memmap(path, np.uint8, "c", start, (storage.nbytes(),)))
+        with path.open("rb") as file:
+            archive = _create_file_view(file, place.offset, place.length)
+            like = torch.load(archive, map_location="meta", weights_only=True)  # all but the values
+            archive.seek(0)
+            start = place.offset + torch._C.PyTorchFileReader(archive).get_record_offset("data/0")
+        values = torch.from_numpy(np.memmap(path, np.uint8, "c", start, (like.untyped_storage().nbytes(),)))
         if values.data_ptr() % like.dtype.itemsize:  # archives begin anywhere
             values = values.clone()
         return values.view(like.dtype).as_strided(like.shape, like.stride(), like.storage_offset())
