@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo test checks bench bench-gpu clean
+.PHONY: help install demo test checks bench bench-gpu bench-gpu-step test-gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,13 @@ bench: install  ## CPU benchmarks; results in kernels/benchmarks/results
 # torch and triton are all it takes: whatever Python has them, the environment of `make install` if it is there
 bench-gpu:  ## GPU benchmarks, correctness first, 8 minutes; results in kernels/benchmarks/results
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) kernels/benchmarks/bench_gpu.py
+
+# torch, triton and Megatron-Core are all it takes; without a CUDA device one line says so, and the exit code is 2
+bench-gpu-step:  ## training steps of a full-width slice on one GPU, beside the plan and published figures
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/bench_gpu_step.py
+
+test-gpu: install  ## what needs a GPU: every recipe's mini profile against the CPU; skips itself where there is none
+	$(BIN)/python -m pytest -q -m gpu -rs tests
 
 clean:  ## remove what the demo made
 	rm -rf demo runs

@@ -25,7 +25,7 @@ from keye_data.errors import DataError
 from keye_data.export import save_processor
 from keye_data.images import decode_image
 from keye_data.positions import mrope_positions
-from keye_data.sample import IGNORE, EncodedSample, Media
+from keye_data.sample import IGNORE, EncodedSample, Media, pixel_values
 from keye_data.settings import DataConfig
 from keye_data.tokenizer import ENDOFTEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from keye_data.video import UnsupportedCodec, decode, probe, trim
@@ -157,7 +157,7 @@ class Processor:
     @staticmethod
     def normalise(patches: torch.Tensor) -> torch.Tensor:
         """uint8 -> fp32 in -1..1: 1/255, mean = std = 0.5."""
-        return patches.to(torch.float32) / 127.5 - 1.0
+        return pixel_values(patches)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files, chat_template.jinja and the processor's configurations."""

@@ -13,6 +13,11 @@ import torch
 IGNORE = -100
 
 
+def pixel_values(patches: torch.Tensor) -> torch.Tensor:
+    """Pixels as the encoder takes them, uint8 -> fp32 in -1..1: 1/255, mean = std = 0.5."""
+    return patches.to(torch.float32) / 127.5 - 1.0
+
+
 @dataclass
 class Media:
     """One picture, or the chosen frames of one clip, still encoded."""

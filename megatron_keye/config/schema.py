@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megatron_keye.errors import UserError
+
+if TYPE_CHECKING:  # imported where it is used: a model can be built where there is no OmegaConf
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
 
@@ -113,6 +114,9 @@ def _fits(tp: Any, value: Any) -> bool:
 
 def typed(cls: type, data: dict[str, Any], where: str) -> DictConfig:
     """`data` over the defaults of dataclass `cls`, keys and types checked, ${key} references not yet resolved. Raises UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         return OmegaConf.merge(OmegaConf.structured(cls), conform(cls, data, where))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -121,6 +125,9 @@ def typed(cls: type, data: dict[str, Any], where: str) -> DictConfig:
 
 def instance(cls: type[T], config: DictConfig, where: str) -> T:
     """The dataclass instance behind `config`. Raises UserError for a value that is missing or a reference that fails."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
     try:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except MissingMandatoryValue as error:

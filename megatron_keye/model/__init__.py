@@ -9,9 +9,22 @@ model = m.from_hf("folder")                     # a Hugging Face folder: Keye's,
 m.to_hf(model, "exported")
 """
 
+from typing import TYPE_CHECKING, Any
+
 import megatron_keye.parallel  # noqa: F401  (first: it makes Megatron-Core usable without CUDA)
 from megatron_keye.config.model import ModelConfig, build_config
-from megatron_keye.model.hf import from_hf, to_hf
 from megatron_keye.model.keye import KeyeModel, build_model
 
+if TYPE_CHECKING:
+    from megatron_keye.model.hf import from_hf, to_hf
+
 __all__ = ["KeyeModel", "ModelConfig", "build_config", "build_model", "from_hf", "to_hf"]
+
+
+def __getattr__(name: str) -> Any:
+    """Hugging Face's side needs more packages than the model, and is loaded when it is asked for."""
+    if name not in ("from_hf", "to_hf"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megatron_keye.model import hf
+
+    return getattr(hf, name)

@@ -17,6 +17,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
+
+
+@register_flop_formula(torch.ops.aten._grouped_mm)
+def grouped_flops(a_shape, b_shape, *_, out_shape=None, **__) -> int:
+    """For torch's counters of work, which do not know it: every row or column belongs to one group."""
+    return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
 
 
 def grouped_by_torch(wanted: bool | None, dtype: torch.dtype) -> bool:

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from keye_data.processor import Processor
-from keye_data.sample import Batch
+from keye_data.sample import Batch, pixel_values
 from megatron_keye.model.keye import VisionTower
 from megatron_keye.model.language import visual_mask
 from megatron_keye.model.projector import merged_tokens
@@ -56,7 +55,7 @@ class Chunk:
 
     def pixels(self) -> torch.Tensor:
         """[P, 3, 14, 14], normalised"""
-        return Processor.normalise(torch.cat([f.batch.patches[f.first : f.last] for f in self.frames]))
+        return pixel_values(torch.cat([f.batch.patches[f.first : f.last] for f in self.frames]))
 
 
 @dataclass
