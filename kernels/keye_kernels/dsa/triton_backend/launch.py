@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 
-def launch(kernel, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
+def launch(
+    kernel, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+) -> None:
     """Start `kernel` on the device of its first tensor; an empty grid starts nothing.
 
     args are the run-time arguments in the kernel's order; constants are its tl.constexpr arguments, by name.
