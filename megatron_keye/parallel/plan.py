@@ -1,33 +1,45 @@
-"""The parallel plan on one page: every process group, and who shards what.
+"""The parallel plan on one page: every process group, and who holds what.
 
-World = pipeline x data x context x tensor, tensor fastest (Megatron's order). A *block* is the tensor x context x pipeline
-ranks that work on the same rows; there are `data` blocks.
+The world is laid out twice. For all but experts: pipeline x data x context x tensor, the last fastest. For experts:
+pipeline x expert data x expert x expert tensor. A *block* is the tensor x context x pipeline ranks that work on the same
+rows; there are `data` blocks. The ranks of one node are neighbours, so what talks most (tensor, then experts) stays there.
 
-| what                      | sharded over                  | gradients summed over             |
-|---------------------------|-------------------------------|-----------------------------------|
-| attention, embedding, head| tensor (heads, vocabulary)    | data x context                    |
-| router, norms, indexers   | nobody; sequence-parallel rows| data x context, and over tensor   |
-| experts                   | expert (and expert_tensor)    | the ranks that hold the same ones |
-| layers                    | pipeline                      |                                   |
-| tokens of a row           | context (zigzag), tensor between blocks of weights  |             |
-| vision encoder, projector | nobody: whole on every rank   | the whole world                   |
-| pictures and frames       | the ranks of a block, by cost |                                   |
-| optimizer states          | the ranks that sum the gradients |                                |
+| what                       | cut over                                       | gradients summed over          |
+|----------------------------|------------------------------------------------|--------------------------------|
+| rows of a step             | data; within a block all ranks see the same    |                                |
+| tokens of a row            | context (zigzag), then tensor between matrices |                                |
+| attention, embedding, head | tensor: heads, vocabulary                      | data x context                 |
+| router, norms              | nobody; each tensor rank sees its tokens       | data x context, and tensor     |
+| indexers                   | nobody; each tensor rank sees all tokens       | data x context; tensor: mean   |
+| experts                    | expert: whole ones; expert tensor: their width | expert data: equal experts     |
+| layers                     | pipeline; interleaved: several runs of layers  |                                |
+| vision encoder, projector  | nobody: whole on every rank                    | the world                      |
+| pictures and frames        | the ranks of a block, by cost                  |                                |
+| optimizer states           | the ranks that sum the gradients               |                                |
+
+Eight ranks with tensor 2, pipeline 2, expert 2, expert tensor 2 and so data 2:
+    rank            0 1 2 3 4 5 6 7
+    pipeline        0 0 0 0 1 1 1 1
+    block           0 0 1 1 0 0 1 1
+    tensor          0 1 0 1 0 1 0 1
+    expert          0 0 1 1 0 0 1 1
+    expert tensor   0 1 0 1 0 1 0 1
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_keye.config.parallel import ParallelConfig
+from megatron_keye.parallel.world import join_world, shut_down, single_process
+
+__all__ = ["Plan", "initialize", "shut_down", "single_process"]
 
 
 @dataclass
@@ -84,8 +96,8 @@ class Plan:
 
 def initialize(config: ParallelConfig, seed: int = 1234, timeout_minutes: float = 10.0) -> Plan:
     """Make every group. Uses the environment of torchrun; without it, one process."""
-    if not dist.is_initialized():
-        _init_process_group(timeout_minutes)
+    timeout = timedelta(minutes=timeout_minutes)
+    join_world(timeout)
     if not ps.model_parallel_is_initialized():
         ps.initialize_model_parallel(
             config.tensor,
@@ -98,36 +110,8 @@ def initialize(config: ParallelConfig, seed: int = 1234, timeout_minutes: float 
             create_gloo_process_groups=False,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    timeout = timedelta(minutes=timeout_minutes)
     block, block_ranks = _block_group(config, timeout)
     return Plan(config, block, block_ranks, _vision_groups(timeout))
-
-
-def single_process() -> None:
-    """Groups of one, for notebooks, tools and tests; does nothing where groups exist already."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    if not ps.model_parallel_is_initialized():
-        ps.initialize_model_parallel(create_gloo_process_groups=False)
-        tensor_parallel.model_parallel_cuda_manual_seed(1234)
-
-
-def shut_down() -> None:
-    """Leave the groups in order, so that a following run in the same process can make its own."""
-    if ps.model_parallel_is_initialized():
-        ps.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _init_process_group(timeout_minutes: float) -> None:
-    timeout = timedelta(minutes=timeout_minutes)
-    if "RANK" not in os.environ:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
 def _block_group(config: ParallelConfig, timeout: timedelta) -> tuple[dist.ProcessGroup, list[int]]:
