@@ -35,6 +35,10 @@ def refuse_known_faults(config: TransformerConfig) -> None:
             "batch_p2p_comm with interleaved stages: messages of two ranks to each other are taken for one another",
         ),
         (
+            has_experts and config.moe_permute_fusion,
+            "moe_permute_fusion: room is made for tokens x top-k, and padding, which goes nowhere, leaves it unwritten",
+        ),
+        (
             not config.calculate_per_token_loss,
             "calculate_per_token_loss off: gradients are multiplied by the context parallel size",
         ),

@@ -53,6 +53,7 @@ FAULTS = {
     "attached losses are not divided by the number of micro-batches": "test_same_rows.py::test_micro_batches_are_accumulated",
     "the balance loss of a micro-batch of several rows weighs as one row": "test_same_rows.py::test_micro_batches_are_accumulated",
     "padding is left out of the balance loss, and computed by experts all the same": "test_padding.py::test_experts_compute_real_tokens_alone",
+    "fused permutation reckons with top-k experts for every token, padding too": "test_known_faults.py::test_settings_are_refused",
     "gathered keys in another order: equal scores are picked otherwise": "test_variants.py::test_selections_are_the_same_on_every_tensor_rank_and_context_shard",
 }
 
@@ -71,6 +72,7 @@ def test_the_check_named_for_it_exists(fault: str):
         ({}, {"use_cpu_initialization": True}, "start with equal weights"),
         ({"pipeline": 2}, {"deallocate_pipeline_outputs": True}, "freed"),
         ({"pipeline": 2, "virtual_pipeline": 2}, {"batch_p2p_comm": True, "overlap_p2p_comm": False}, "one another"),
+        ({}, {"moe_permute_fusion": True}, "leaves it unwritten"),
         ({}, {"calculate_per_token_loss": False}, "multiplied by the context parallel size"),
     ],
     ids=str,
