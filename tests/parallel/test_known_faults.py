@@ -22,8 +22,9 @@ from megatron_keye.config.layout import layout_errors
 from megatron_keye.config.model import build_config
 from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.errors import UserError
-from megatron_keye.model import transformer_config
 from megatron_keye.model.keye import build_model
+from megatron_keye.model.known_faults import refuse_known_faults
+from megatron_keye.model.transformer_config import language_config
 from megatron_keye.parallel import plan
 from megatron_keye.train import parse
 from megatron_keye.training import machine, optimizer
@@ -68,20 +69,28 @@ def test_the_check_named_for_it_exists(fault: str):
 @pytest.mark.parametrize(
     "layout, setting, said",
     [
-        ({"tensor": 2, "expert_tensor": 1}, {}, "not summed over the tensor ranks"),
+        ({"tensor": 2, "expert_tensor": 2}, {"expert_tensor_parallel_size": 1}, "not summed over the tensor ranks"),
         ({}, {"use_cpu_initialization": True}, "start with equal weights"),
         ({"pipeline": 2}, {"deallocate_pipeline_outputs": True}, "freed"),
-        ({"pipeline": 2, "virtual_pipeline": 2}, {"batch_p2p_comm": True, "overlap_p2p_comm": False}, "one another"),
+        ({"pipeline": 2, "virtual_pipeline": 2}, {"batch_p2p_comm": True}, "one another"),
         ({}, {"moe_permute_fusion": True}, "leaves it unwritten"),
         ({}, {"calculate_per_token_loss": False}, "multiplied by the context parallel size"),
     ],
     ids=str,
 )
-def test_settings_are_refused(layout: dict[str, Any], setting: dict[str, Any], said: str, monkeypatch):
-    make = transformer_config.KeyeTransformerConfig
-    monkeypatch.setattr(transformer_config, "KeyeTransformerConfig", lambda **given: make(**{**given, **setting}))
+def test_settings_are_refused(layout: dict[str, Any], setting: dict[str, Any], said: str):
+    config = language_config(build_config("keye_mini"), ParallelConfig(**layout))
+    refuse_known_faults(config)
+    for name, value in setting.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
     with pytest.raises(ValueError, match=said):
-        transformer_config.language_config(build_config("keye_mini"), ParallelConfig(**layout))
+        refuse_known_faults(config)
+
+
+def test_a_configuration_is_checked_when_it_is_made():
+    with pytest.raises(ValueError, match="not summed over the tensor ranks"):
+        language_config(build_config("keye_mini"), ParallelConfig(tensor=2, expert_tensor=1))
 
 
 def test_recipes_with_experts_cut_otherwise_are_refused():
