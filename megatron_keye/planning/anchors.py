@@ -40,8 +40,12 @@ class Anchor:
 
 
 AT_4K = Anchor("pre-training, 4K", 4096, 1024, ParallelConfig(expert=16), "none", 13_011)
+AT_2K = Anchor("SFT, 2K packed", 2048, 32, ParallelConfig(expert=16), "none", 3_395)
 # Rows of a step are not published; one data-parallel rank and 8 rows of 32K are assumed.
 AT_32K = Anchor("SFT, 32K", 32_768, 8, ParallelConfig(tensor=8, context=2, expert=8), "full", 459)
+
+
+ANCHORS = (AT_4K, AT_2K, AT_32K)
 
 
 def recipe_of(anchor: Anchor) -> Recipe:

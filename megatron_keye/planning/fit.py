@@ -1,13 +1,14 @@
 """Which layouts fit: a search over how the world is cut and what is recomputed, ranked by predicted tokens/s/GPU.
 
 Layouts that the trainer refuses, or whose weights, gradients and optimizer states alone are too large, are never traced.
-Of expert sizes, the two smallest that leave room are tried for each of the rest: more only exchange more.
+The rest goes from the least cut to the most: experts over more ranks, rows over more ranks, and stages only where no layout
+without them fits. Each cut costs exchange or bubble and buys memory, so it ends where a layout fits that recomputes nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from megatron_keye.planning.stages import Stage, build_stages, stage_bytes
 
 RESERVE = 5 * GIB  # for CUDA, NCCL and fragmentation: assumed
 SHOWN = 15
+TENSOR, CONTEXT = (1, 2, 4, 8), tuple(2**i for i in range(7))
+PIPELINE, EXPERT = (1, 2, 4, 8, 16), tuple(2**i for i in range(8))
 LEAST_TOKENS = 2048  # of a row on one context rank: below it the exchange of keys is all there is
 
 
@@ -50,26 +53,99 @@ class Fit:
     closest: Candidate | None  # the smallest of those that do not fit
     traced: int
     too_large: int  # by weights, gradients and optimizer alone
-    refused: int
 
 
 def fit(recipe: Recipe, gpus: int, memory: int, hw: Hardware) -> Fit:
     """Raises UserError, with the nearest miss, where nothing fits in `memory` bytes less a reserve of 5 GiB."""
     if errors := value_errors(recipe) + model_errors(recipe.model) + mode_errors(recipe):
         raise UserError("\n".join(errors))
-    found: list[Candidate] = []
-    counts = {"too_large": 0, "refused": 0}
-    for variant, stages in _worth_tracing(recipe, gpus, memory, counts):
-        try:
-            found.append(_traced(variant, stages, gpus, hw))
-        except UserError:
-            counts["refused"] += 1
-    fitting = [c for c in found if c.peak + RESERVE <= memory]
-    fitting.sort(key=lambda c: -c.tokens_per_second_and_gpu)
-    closest = min(found, key=lambda c: c.peak, default=None)
+    search = _Search(recipe, gpus, memory, hw)
+    for tensor in TENSOR:
+        search.contexts(tensor)
+    fitting = sorted((c for c in search.found if search.fits(c)), key=lambda c: -c.tokens_per_second_and_gpu)
+    closest = min(search.found, key=lambda c: c.peak, default=None)
     if not fitting:
         raise UserError(_refusal(recipe, gpus, memory, closest))
-    return Fit(gpus, memory, fitting, closest, len(found), **counts)
+    return Fit(gpus, memory, fitting, closest, len(search.found), search.too_large)
+
+
+class _Search:
+    """Each method is a loop over one kind of cut; it returns whether a layout inside it fits and recomputes nothing."""
+
+    def __init__(self, recipe: Recipe, gpus: int, memory: int, hw: Hardware):
+        self.recipe, self.gpus, self.memory, self.hw = recipe, gpus, memory, hw
+        self.found: list[Candidate] = []
+        self.too_large = 0
+        self._stages: dict[tuple, list[Stage]] = {}
+
+    def fits(self, c: Candidate) -> bool:
+        return c.peak + RESERVE <= self.memory
+
+    def contexts(self, tensor: int) -> bool:
+        sizes = [c for c in CONTEXT if c == 1 or self.recipe.data.seq_length // c >= LEAST_TOKENS]
+        return any(self.pipelines(tensor, context) for context in sizes)
+
+    def pipelines(self, tensor: int, context: int) -> bool:
+        for pipeline in PIPELINE:
+            before = len(self.found)
+            if self.experts(tensor, context, pipeline):
+                return True
+            if any(self.fits(c) for c in self.found[before:]):
+                break
+        return False
+
+    def experts(self, tensor: int, context: int, pipeline: int) -> bool:
+        for expert in EXPERT:
+            p = replace(
+                self.recipe.parallel, tensor=tensor, context=context, pipeline=pipeline, virtual_pipeline=None,
+                expert=expert, expert_tensor=tensor if expert == 1 else 1,
+            )  # fmt: skip
+            variant = replace(self.recipe, parallel=p)
+            if layout_errors(variant, self.gpus) or (pipeline > 1 and micro_batches(variant, self.gpus) < 2 * pipeline):
+                continue  # in a pipeline with fewer micro-batches the stages stand still for a third of the time
+            stages = self._built(variant)
+            if max(sum(stage_bytes(s, variant, self.gpus).values()) for s in stages) + RESERVE > self.memory:
+                self.too_large += 1
+                continue
+            if self.recomputes(variant, stages):
+                return True
+            if any(self.fits(c) for c in self.found if c.parallel == p):
+                return False  # more ranks for the experts would only exchange more
+        return False
+
+    def recomputes(self, variant: Recipe, stages: list[Stage]) -> bool:
+        """Everything first: where that is too large, less recomputation is as well."""
+        for recompute in ("full", "none", *(set(CHOICES["training.recompute"]) - {"full", "none"})):
+            candidate = self.trace(replace(variant, training=replace(variant.training, recompute=recompute)), stages)
+            if candidate is None or (recompute == "full" and not self.fits(candidate)):
+                return False
+            if recompute == "none" and self.fits(candidate):
+                return True
+        return False
+
+    def trace(self, recipe: Recipe, stages: list[Stage]) -> Candidate | None:
+        """None where Megatron-Core refuses the layout."""
+        try:
+            found = estimate(recipe, self.gpus, stages, self.hw, survey_stages(recipe, self.gpus))
+        except UserError:
+            return None
+        kept = [sum(stage_bytes(stage, recipe, self.gpus).values()) for stage in stages]
+        # A stage in the middle keeps no more than the first, which has the embedding as well.
+        peak = max(kept[-(i == len(found.stages) - 1)] + sum(a.values()) for i, a in enumerate(found.stages))
+        speed = recipe.training.global_batch_size * recipe.data.seq_length / found.time.total / self.gpus
+        if sys.stderr.isatty():
+            print(f"{len(self.found) + 1} layouts traced", end="\r", file=sys.stderr)
+        self.found.append(Candidate(recipe.parallel, recipe.training.recompute, peak, speed, asdict(found.time)))
+        return self.found[-1]
+
+    def _built(self, recipe: Recipe) -> list[Stage]:
+        """The first stage and the last. Context parallelism changes nothing in them."""
+        p = recipe.parallel
+        key = (p.tensor, p.pipeline, p.expert, p.expert_tensor)
+        if key not in self._stages:
+            alone = replace(recipe, parallel=replace(p, context=1))
+            self._stages[key] = build_stages(alone, sorted({0, p.pipeline - 1}))
+        return self._stages[key]
 
 
 def _refusal(recipe: Recipe, gpus: int, memory: int, closest: Candidate | None) -> str:
@@ -77,55 +153,6 @@ def _refusal(recipe: Recipe, gpus: int, memory: int, closest: Candidate | None) 
     if closest is None:
         return f"{said}: none divides {gpus} ranks and {recipe.training.global_batch_size} rows, or its weights alone are too large; take more GPUs or another batch"
     return f"{said}; the nearest is {_words(closest)} with {closest.peak / GIB:.1f} GiB; take more GPUs or memory, or shorter rows"
-
-
-def _traced(recipe: Recipe, stages: list[Stage], gpus: int, hw: Hardware) -> Candidate:
-    found = estimate(recipe, gpus, stages, hw, survey_stages(recipe, gpus))
-    kept = [sum(stage_bytes(stage, recipe, gpus).values()) for stage in stages]
-    # A stage in the middle keeps no more than the first, which has the embedding as well.
-    peak = max(kept[-(i == len(found.stages) - 1)] + sum(a.values()) for i, a in enumerate(found.stages))
-    tokens = recipe.training.global_batch_size * recipe.data.seq_length
-    return Candidate(
-        recipe.parallel, recipe.training.recompute, peak, tokens / found.time.total / gpus, asdict(found.time)
-    )
-
-
-def _worth_tracing(
-    recipe: Recipe, gpus: int, memory: int, counts: dict[str, int]
-) -> Iterator[tuple[Recipe, list[Stage]]]:
-    for base in _cuts(recipe, gpus):
-        left = 2
-        for expert in (2**i for i in range(8)):
-            p = replace(base, expert=expert, expert_tensor=base.tensor if expert == 1 else 1)
-            variant = replace(recipe, parallel=p)
-            if layout_errors(variant, gpus):
-                continue
-            stages = build_stages(variant, sorted({0, p.pipeline - 1}))
-            if max(sum(stage_bytes(s, variant, gpus).values()) for s in stages) + RESERVE > memory:
-                counts["too_large"] += 1
-                continue
-            for recompute in CHOICES["training.recompute"]:
-                yield replace(variant, training=replace(recipe.training, recompute=recompute)), stages
-            left -= 1
-            if not left:
-                break
-
-
-def _cuts(recipe: Recipe, gpus: int) -> Iterator[ParallelConfig]:
-    """Tensor, pipeline and context sizes that the model, the rows and the batch allow, experts aside."""
-    for tensor in (1, 2, 4, 8):
-        for pipeline in (1, 2, 3, 4, 6, 8, 12, 16):
-            for context in (2**i for i in range(8)):
-                p = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context)
-                enough = context == 1 or recipe.data.seq_length // context >= LEAST_TOKENS
-                variant = replace(recipe, parallel=replace(p, expert=1, expert_tensor=tensor))
-                # A pipeline with few micro-batches stands still: twice its stages is the least worth running.
-                if (
-                    enough
-                    and not layout_errors(variant, gpus)
-                    and (pipeline == 1 or micro_batches(variant, gpus) >= 2 * pipeline)
-                ):
-                    yield p
 
 
 def _words(c: Candidate) -> str:
@@ -157,6 +184,8 @@ def print_fit(found: Fit, json_path: Path | None = None) -> None:
         sizes = (p.tensor, p.context, p.pipeline, p.expert, p.expert_tensor, data, c.recompute)
         table.add_row(*map(str, sizes), f"{c.peak / GIB:.1f}", f"{c.tokens_per_second_and_gpu:,.0f}")
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(file=console.file, highlight=False, width=110)
     console.print(table)
     console.print(f"Not traced: {found.too_large} whose weights, gradients and optimizer alone do not fit.")
     if json_path is not None:

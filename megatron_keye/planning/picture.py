@@ -20,21 +20,21 @@ def draw(plan: dict[str, Any], path: Path) -> None:
     parts = list(KEPT)
     for stage in stages:
         parts += [part for part in stage.get("activations", {}) if part not in parts]
-    figure = Figure(figsize=(max(7.0, 1.2 * len(stages) + 5), 5.5), layout="constrained")
+    figure = Figure(figsize=(max(9.0, 1.2 * len(stages) + 5), 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     height = [0.0] * len(stages)
     colours = [f"C{i}" for i in range(10)] + ["gold", "teal", "navy", "salmon", "black"]
     for part, colour in zip(parts, colours):
         sizes = [{**stage["bytes"], **stage.get("activations", {})}.get(part, 0) / GIB for stage in stages]
-        axes.bar(range(len(stages)), sizes, bottom=height, label=part, color=colour)
+        axes.bar(range(len(stages)), sizes, bottom=height, width=0.6, label=part, color=colour)
         height = [below + size for below, size in zip(height, sizes)]
     for index, top in enumerate(height):
         axes.text(index, top, f"{top:.1f}", ha="center", va="bottom")
     axes.set_xticks(range(len(stages)), [f"stage {stage['stage']}" for stage in stages])
     axes.set_xlim(-1, len(stages))
     axes.set_ylabel("GiB on one rank, at the peak")
-    axes.set_title(
+    figure.suptitle(
         f"{plan['recipe']['name']}: {layout['world_size']:,} ranks = pipeline {layout['pipeline']} x data {layout['data']:,} "
         f"x context {layout['context']} x tensor {layout['tensor']}, experts over {layout['expert']}",
         fontsize=9,

@@ -8,6 +8,7 @@ more of them adds is the difference of two traces (activations.py).
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -136,6 +137,7 @@ def traced(recipe: Recipe, stage: int = 0) -> Iterator[TracedStep]:
     finally:
         tracker.clear()
         plan.shut_down()
+        gc.collect()  # models and optimizers hold one another
 
 
 def backend_of(recipe: Recipe) -> str:
