@@ -24,5 +24,5 @@ class TrainingConfig:
     vision_chunk_patches: int = 16_384  # ViT activations held at once; the ViT is always computed again in backward
     balance: bool = True  # deal frames to ranks and packed rows to data-parallel blocks by cost; false: as they come
     max_nonfinite_steps: int = 10  # skipped in a row before the run stops
-    collective_timeout_minutes: float = 10.0
+    collective_timeout_minutes: float = 10.0  # a collective that waits longer ends the job: parallel/watchdog.py
     stop_after: int | None = None  # leave after this step of the schedule, with a checkpoint (for trials of resume)

@@ -48,9 +48,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.ranks > 1:
             activity.watch()
-            store = (
-                dist.distributed_c10d._get_default_store().clone()
-            )  # a connection of its own, for a thread of its own
+            # A connection of its own for a thread of its own: a wait in one must not keep the other from telling.
+            store = dist.distributed_c10d._get_default_store().clone()
             self.store = dist.PrefixStore(f"watchdog{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
             self._tell()
             self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -170,13 +169,9 @@ def _stood(said: dict[str, Any]) -> str:
     return f"last heard of in step {said['step']} at {said['at']}" + (f", in {said['waits']}" if said["waits"] else "")
 
 
-def _peer_is_gone(error: Exception) -> bool:
-    """torch has no type for it: gloo raises RuntimeError, NCCL and the store DistError."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError)
-        and any(sign in text for sign in ("connection closed", "connection reset", "gloo", "timed out", "broken pipe"))
-    )
+def _peer_is_gone(error: BaseException) -> bool:
+    """torch has no one type for it: NCCL and the store raise DistError, gloo a RuntimeError that names its own sources."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def _short(error: BaseException) -> str:
