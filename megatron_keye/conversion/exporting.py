@@ -38,7 +38,7 @@ def export(
     stored = Stored(ckpt, dtype, progress)
     if stored.frozen:
         say(f"{stored.frozen} parameters were frozen and have no fp32 master copy: their stored values are exact")
-    processor = _processor(stored.folder, tokenizer, say)
+    processor = _processor(stored.folder, tokenizer, stored.cfg.max_position_embeddings, say)
     experts = experts or default_experts(stored.cfg)
     tensors = list(stored.tensors())
     with publishing(out, resume=True) as draft:
@@ -52,9 +52,9 @@ def export(
     return len(tensors)
 
 
-def _processor(folder: Path, tokenizer: str | None, say: Say) -> Processor | None:
-    """From --tokenizer, else from what the run itself used."""
-    settings = DataConfig()
+def _processor(folder: Path, tokenizer: str | None, longest: int, say: Say) -> Processor | None:
+    """From --tokenizer, else from what the run itself used; without a run, room for the longest input of the model."""
+    settings = DataConfig(seq_length=longest)
     recipe = folder / "resolved.yaml"
     if recipe.is_file():
         settings = load_recipe(recipe).data
