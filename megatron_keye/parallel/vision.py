@@ -101,7 +101,8 @@ class VisionStep:
             mine[chunk.first : chunk.last] = self._encode(chunk)
         self._encoded.record()
         needed = self._exchange(mine, self.routes.send, self.routes.receive)
-        self.leaves = [part.data for part in needed.split(self.routes.needed_per_batch)]  # no views: they are let go below
+        # `.data`: no views, which would keep `needed` when they are let go.
+        self.leaves = [part.data for part in needed.split(self.routes.needed_per_batch)]
         if self.trains:
             self.gradient = torch.zeros_like(needed)
             for leaf, gradient in zip(self.leaves, self.gradient.split(self.routes.needed_per_batch)):
