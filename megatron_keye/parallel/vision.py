@@ -182,10 +182,9 @@ class VisionStep:
         holder = torch.cat(needs)
         here = (holder == me).nonzero()[:, 0]
         mine = (encoder == me).nonzero()[:, 0]
-        ranks = range(self.plan.block.size())
         return Routes(
-            send=[(holder[mine] == rank).nonzero()[:, 0] for rank in ranks],
-            receive=[(encoder[here] == rank).nonzero()[:, 0] for rank in ranks],
+            send=_by_rank(holder[mine], self.plan.block.size()),
+            receive=_by_rank(encoder[here], self.plan.block.size()),
             needed_per_batch=torch.bincount(torch.cat(batch_of)[here], minlength=len(batches)).tolist(),
         )
 
@@ -207,3 +206,8 @@ class VisionStep:
         arrived = torch.empty_like(incoming)
         arrived[torch.cat(receive).to(rows.device)] = incoming
         return arrived
+
+
+def _by_rank(rank_of: torch.Tensor, ranks: int) -> list[torch.Tensor]:
+    """For every rank the positions at which it is named, ascending."""
+    return list(rank_of.argsort(stable=True).split(torch.bincount(rank_of, minlength=ranks).tolist()))
