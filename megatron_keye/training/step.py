@@ -55,6 +55,8 @@ class TrainStep:
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = optimizer.scale_loss if optimizer.chained_optimizers else None
         self.schedule = get_forward_backward_func()
+        # Megatron keeps these by layer, with room for the layers of the first model of the process.
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
     def __call__(self, batches: list[Batch]) -> StepResult:
         for model in [*self.language, self.vision_ddp]:
