@@ -44,6 +44,7 @@ def train(root: Path, layout: dict[str, Any], resume: bool) -> tuple[list, dict[
     return steps(engine, range(2, 4)), weights
 
 
+@pytest.mark.slow  # a checkpoint written and read: its writer starts processes that import everything again
 @pytest.mark.parametrize("first, then", [(INTERLEAVED, {}), ({"pipeline": 2}, INTERLEAVED)], ids=str)
 def test_a_run_goes_on_in_another_layout(first: dict, then: dict, tmp_path: Path):
     """Weights bit by bit; moments too, else the next losses would differ."""
