@@ -26,7 +26,7 @@ def ignore(_: int) -> None:
 
 
 class Journal:
-    """`source`: JSON values that say what is written; files that a journal of another source lists are removed."""
+    """`source`: JSON values that say what is written. Every file of `folder` that is not a finished one of it is removed."""
 
     def __init__(self, folder: Path, source: dict[str, Any] | None = None):
         self.folder = folder
@@ -39,8 +39,9 @@ class Journal:
             self.news = f"{len(before['files'])} files that an earlier, stopped run finished are checked and kept"
         elif before["files"]:
             self.news = f"what an earlier, stopped run left in {folder} is of something else and is written again"
-        for name in [*(before["files"] if self._said is not before else ()), *(f.name for f in folder.glob("*.part"))]:
-            (folder / name).unlink(missing_ok=True)
+        # What else is there was not entered before the end came, or was written beside: it would be published too.
+        for file in [file for file in folder.iterdir() if file.name not in (NAME, *self._said["files"])]:
+            file.unlink()
 
     def finished(self, name: str, advance: Advance = ignore) -> list[Any] | None:
         """The record of a file that is there, whole and unchanged; None for one to be written."""

@@ -88,7 +88,9 @@ def read_config(folder: str | Path, **overrides: object) -> ModelConfig:
         values |= _read(vision := _section(raw, "vision_config", path), VISION, path, "vision_config.")
         values |= _read(raw, TOKENS, path, "") | {"attention_mode": "sparse"}
         if "image_size" in vision:
-            values["vision_position_grid"] = vision["image_size"] // values["patch_size"]
+            if not isinstance(size := vision["image_size"], int) or isinstance(size, bool):
+                raise UserError(f"{path}: vision_config.image_size = {size!r} is no whole number")
+            values["vision_position_grid"] = size // values["patch_size"]
     else:
         values |= {"attention_mode": "dense", "vision_layers": 0, "indexer_heads": 0}
     typed = schema.typed(ModelConfig, {**values, **overrides}, str(path))
@@ -187,7 +189,9 @@ def _read(raw: dict[str, Any], names: dict[str, str], path: Path, prefix: str) -
 def _read_rope(raw: dict[str, Any], path: Path, kind: str) -> dict[str, Any]:
     """transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kinds = {rope.get("rope_type", "default"), rope.get("type", "default")} - {"default", "mrope"}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters (or rope_scaling) = {rope!r} is no mapping")
+    kinds = {str(rope.get(key, "default")) for key in ("rope_type", "type")} - {"default", "mrope"}
     if kinds:
         raise UserError(f"{path}: rotary positions of type {min(kinds)!r} are not supported")
     theta = rope.get("rope_theta", raw.get("rope_theta"))

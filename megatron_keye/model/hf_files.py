@@ -119,6 +119,8 @@ class Checkpoint:
         if len(shape) != 3:
             raise UserError(f"{self._where[stored]}: {stored} has shape {shape}; fused experts have three dimensions")
         parts = ("gate_proj", "up_proj") if stack[2] == "gate_up_proj" else ("down_proj",)
+        if shape[2] % len(parts):
+            raise UserError(f"{self._where[stored]}: {stored} has shape {shape}; gate and up must be of equal width")
         return [(f"{stack[1]}{e}.{part}.weight", e, part) for e in range(shape[0]) for part in parts]
 
     def _find(self, name: str) -> tuple[str, int, str]:
@@ -135,6 +137,8 @@ class Checkpoint:
             if not single.is_file():
                 raise UserError(f"{self.folder}: neither {INDEX} nor {SINGLE} is there; give a Hugging Face folder")
             return dict.fromkeys(self._file(single).keys(), single)
+        if (self.folder / SINGLE).exists():  # transformers would read the one file, and these may be other weights
+            raise UserError(f"{self.folder}: both {INDEX} and {SINGLE} are there; remove the one that is not meant")
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {name: self._inside(file) for name, file in weight_map.items()}

@@ -101,6 +101,8 @@ def test_finished_files_are_kept_and_checked(conversion, tmp_path):
     damaged[len(damaged) // 2] ^= 1
     kept[1].write_bytes(damaged)
     written = {file.name: file.stat().st_mtime_ns for file in kept}
+    for stray in ("tokenizer.json", "model-00009-of-00009.safetensors"):  # there, and not in the journal
+        (draft / stray).write_bytes(b"of a command that was given otherwise")
 
     run(source, tmp_path / "a", watching)
     assert not draft.exists()
@@ -116,6 +118,7 @@ def test_files_of_another_source_are_written_again(conversion, hf, tmp_path):
     run, source, name = conversion
     draft = killed(run, source, tmp_path / "a", name)
     written = {file.name: file.stat().st_mtime_ns for file in finished(draft)}
+    (draft / NAME).with_name("__0_99.distcp").write_bytes(b"killed before it was entered")
     if run is importing:
         shard = next(source.glob("*.safetensors"))
         os.utime(shard, ns=(1, 1))
@@ -124,6 +127,7 @@ def test_files_of_another_source_are_written_again(conversion, hf, tmp_path):
         source = import_hf(other, tmp_path / "ckpt2", dtype=BF16, file_bytes=CUT)
     run(source, tmp_path / "a", watching)
     assert all((tmp_path / "a" / name / file).stat().st_mtime_ns != time for file, time in written.items())
+    assert not (tmp_path / "a" / name / "__0_99.distcp").exists()
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_keye.errors import UserError
-from megatron_keye.model.hf_files import INDEX, Checkpoint, publishing, write
+from megatron_keye.model.hf_files import INDEX, SINGLE, Checkpoint, publishing, write
 from tests.parallel.launch import launch
 
 TENSORS = {
@@ -70,11 +70,23 @@ def first_shard(folder: Path) -> Path:
         (lambda f: edit_index(f, lambda m: m.update(ghost=first_shard(f).name)), "ghost is said to be in"),
         (lambda f: edit_index(f, lambda m: m.pop("model.norm.weight")), "model.norm.weight is not in"),
         (lambda f: edit_index(f, lambda m: m.update({"lm_head.weight": "../x.safetensors"})), "no file name"),
+        (lambda f: (f / SINGLE).write_bytes(first_shard(f).read_bytes()), "both model.safetensors.index.json and"),
         (lambda f: first_shard(f).unlink(), "model-00001-of-.* is missing"),
         (lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes()[:-3]), "model-00001-of-.* cut short"),
         (lambda f: first_shard(f).write_bytes(b"12"), "model-00001-of-.* cut short"),
     ],
-    ids=["no-index", "broken-index", "list-index", "ghost", "unlisted", "outside", "no-shard", "truncated", "tiny"],
+    ids=[
+        "no-index",
+        "broken-index",
+        "list-index",
+        "ghost",
+        "unlisted",
+        "outside",
+        "both",
+        "no-shard",
+        "truncated",
+        "tiny",
+    ],
 )
 def test_damage_is_named(folder, damage, said):
     damage(folder)
@@ -94,6 +106,12 @@ def test_the_same_expert_twice(tmp_path):
     doubled = {**TENSORS, "model.layers.0.mlp.experts.down_proj": torch.zeros(3, 4, 5)}
     write(tmp_path / "x", doubled.items(), "separate")
     with pytest.raises(UserError, match=r"holds model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight"):
+        Checkpoint(tmp_path / "x")
+
+
+def test_fused_experts_of_odd_width(tmp_path):
+    write(tmp_path / "x", [("model.layers.0.mlp.experts.gate_up_proj", torch.zeros(2, 4, 7))], "separate")
+    with pytest.raises(UserError, match=r"gate_up_proj has shape \[2, 4, 7\]; gate and up"):
         Checkpoint(tmp_path / "x")
 
 
