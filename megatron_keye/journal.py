@@ -131,8 +131,12 @@ def finished_files(folder: Path) -> int:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / NAME
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"source": None, "files": {}}
+    """What the journal says; of one that cannot be read, as of none: that nothing is finished."""
+    try:
+        said = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return {"source": said["source"], "files": dict(said["files"])}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {"source": None, "files": {}}
 
 
 def _checksum(stream: BinaryIO) -> int:

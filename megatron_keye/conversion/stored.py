@@ -45,7 +45,7 @@ class Stored:
 
     def __init__(self, path: str | Path, dtype: torch.dtype | None = None, progress: Progress = quiet):
         self.folder, self.dtype, self.frozen = locate(path), dtype, 0
-        self.sums: dict[str, Any] = json.loads((self.folder / "checksums.json").read_text())
+        self.sums = _sums(self.folder / "checksums.json")
         self._verify(progress)
         where = str(self.folder / "model.json")
         saved = checkpoint.saved_model(self.folder)
@@ -99,6 +99,17 @@ class Stored:
                 f"{self.folder} holds {self.regions.dtype(narrow[0])} weights and no optimizer state, so there are no "
                 "fp32 values to export; leave --dtype out, or give a checkpoint of the run itself"
             )
+
+
+def _sums(file: Path) -> dict[str, Any]:
+    """[crc32, size] of each file beside it. Raises UserError for one that cannot be read or leaves the weights out."""
+    try:
+        sums = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); use another checkpoint") from error
+    if not isinstance(sums, dict) or not {".metadata", "model.json"} <= sums.keys():
+        raise UserError(f"{file} is damaged: it does not list every file; use another checkpoint")
+    return sums
 
 
 class _Reading:

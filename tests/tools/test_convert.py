@@ -243,6 +243,10 @@ def test_damaged_checkpoint_is_refused_by_name(bf16_run, tmp_path):
         export(tmp_path, tmp_path / "hf")
     with pytest.raises(UserError, match="no complete checkpoint"):
         export(tmp_path / "nowhere", tmp_path / "hf")
+    for text in ("{", "[]", "{}"):
+        (folder / "checksums.json").write_text(text)
+        with pytest.raises(UserError, match=r"checksums\.json is damaged"):
+            export(tmp_path, tmp_path / "hf")
 
 
 def test_import_never_writes_over_checkpoints(exported_run):

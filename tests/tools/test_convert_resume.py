@@ -12,7 +12,7 @@ import pytest
 
 from megatron_keye.conversion.commands import export, import_hf
 from megatron_keye.errors import UserError
-from megatron_keye.journal import NAME
+from megatron_keye.journal import NAME, Journal
 from megatron_keye.model.hf_files import Checkpoint, publishing
 from megatron_keye.parallel import plan
 from megatron_keye.training import checkpoint
@@ -128,6 +128,17 @@ def test_files_of_another_source_are_written_again(conversion, hf, tmp_path):
     run(source, tmp_path / "a", watching)
     assert all((tmp_path / "a" / name / file).stat().st_mtime_ns != time for file, time in written.items())
     assert not (tmp_path / "a" / name / "__0_99.distcp").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"source": 1, "files": 2}'])
+def test_a_journal_that_cannot_be_read_tells_of_nothing(text, tmp_path):
+    (tmp_path / NAME).write_text(text)
+    (tmp_path / "a").write_bytes(b"x")
+    journal = Journal(tmp_path, {"of": "this"})
+    assert journal.finished("a") is None and journal.news == ""
+    with journal.writing("a", [1]) as stream:
+        stream.write(b"whole")
+    assert Journal(tmp_path, {"of": "this"}).finished("a") == [1]
 
 
 def test_one_process_at_a_time(tmp_path):
