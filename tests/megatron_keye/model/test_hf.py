@@ -194,7 +194,7 @@ def test_load_over_ranks(tmp_path):
     whole = m.build_model(CFG, seed=3)
     m.to_hf(whole, tmp_path / "hf")
     total = sum(p.numel() for p in whole.parameters())
-    for parallel in (ParallelConfig(tensor=2), ParallelConfig(expert=2), ParallelConfig(pipeline=2)):
+    for parallel in (ParallelConfig(tensor=2, expert_tensor=2), ParallelConfig(expert=2), ParallelConfig(pipeline=2)):
         counts = launch(_load_and_compare, 2, str(tmp_path / "hf"), parallel)
         assert max(counts) < total < sum(counts)
     # A language model alone leaves the tower's tensors over; every rank must say the same and none may wait.
