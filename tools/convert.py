@@ -62,7 +62,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--dtype", **dtype)
     command.add_argument("--tokenizer", metavar="PATH", help="the run's own if left out")
 
-    command = commands.add_parser("verify", help="compare a Hugging Face folder with a checkpoint, tensor by tensor")
+    command = commands.add_parser(
+        "verify",
+        help="compare a Hugging Face folder with a checkpoint, tensor by tensor (tensors alone, not config.json)",
+    )
     command.add_argument("--hf", type=Path, required=True, metavar="DIR")
     command.add_argument("--ckpt", type=Path, required=True)
     command.add_argument("--dtype", **dtype)

@@ -33,7 +33,7 @@ def _save(parallel: ParallelConfig, dtype: torch.dtype, folder: str) -> None:
 @pytest.mark.parametrize(
     ("parallel", "dtype"),
     [
-        (ParallelConfig(tensor=2), torch.bfloat16),
+        (ParallelConfig(tensor=2, expert_tensor=2), torch.bfloat16),
         (ParallelConfig(expert=2), torch.float32),
         (ParallelConfig(pipeline=2, virtual_pipeline=2), torch.bfloat16),
     ],
