@@ -5,7 +5,6 @@ What is printed is what was computed; what was not is named (NOT_ESTIMATED), nev
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron_keye.planning.estimate import Estimate, as_json, estimate, survey_
 from megatron_keye.planning.flops import step_flops
 from megatron_keye.planning.hardware import H200, Hardware
 from megatron_keye.planning.picture import draw
-from megatron_keye.planning.report import print_plan
+from megatron_keye.planning.report import print_plan, write_json
 from megatron_keye.planning.stages import Held, Stage, build_stages, stage_bytes, summed_over
 from megatron_keye.planning.survey import planned_batch
 
@@ -60,7 +59,7 @@ def dry_run(
     if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
         print_plan(result)
         if json_path is not None:
-            _write(result, json_path)
+            write_json(result, json_path)
         if picture_path is not None:
             draw(result, picture_path)
     return result
@@ -209,13 +208,3 @@ def full_row(length: int, grid: torch.Tensor | None = None) -> Batch:
 def _grid(cfg: ModelConfig, tokens: int) -> torch.Tensor:
     """A frame of `tokens` after the merge, one token high."""
     return torch.tensor([[cfg.merge_size, cfg.merge_size * tokens]])
-
-
-def _write(result: dict[str, Any], path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--json {path}: cannot be written ({error.strerror}); give a path in a writable folder"
-        ) from error

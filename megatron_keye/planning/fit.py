@@ -7,11 +7,9 @@ without them fits. Each cut costs exchange or bubble and buys memory, so it ends
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -25,6 +23,7 @@ from megatron_keye.config.values import CHOICES, mode_errors, value_errors
 from megatron_keye.errors import UserError
 from megatron_keye.planning.estimate import estimate, micro_batches, survey_stages
 from megatron_keye.planning.hardware import GIB, Hardware
+from megatron_keye.planning.report import write_json
 from megatron_keye.planning.stages import Stage, build_stages, stage_bytes
 
 RESERVE = 5 * GIB  # for CUDA, NCCL and fragmentation: assumed
@@ -189,15 +188,4 @@ def print_fit(found: Fit, json_path: Path | None = None) -> None:
     console.print(table)
     console.print(f"Not traced: {found.too_large} whose weights, gradients and optimizer alone do not fit.")
     if json_path is not None:
-        _write(found, json_path)
-
-
-def _write(found: Fit, path: Path) -> None:
-    content: dict[str, Any] = asdict(found)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--json {path}: cannot be written ({error.strerror}); give a path in a writable folder"
-        ) from error
+        write_json(asdict(found), json_path)

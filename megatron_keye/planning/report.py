@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from megatron_keye.errors import UserError
 
 GIB = 2**30
 
@@ -148,3 +152,14 @@ def _flops(plan: dict[str, Any]) -> Table:
     frame = flops["largest_frame"]
     table.add_row(f"each frame of {frame['tokens']} tokens, on top", "", f"{frame['flops']:.4e}")
     return table
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """The same for programs; UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--json {path}: cannot be written ({error.strerror}); give a path in a writable folder"
+        ) from error

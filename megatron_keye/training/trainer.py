@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,8 +105,11 @@ class Trainer:
     def run(self) -> None:
         if self.plan.rank == 0:
             self._announce()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+        with self._stops_on_signal():
+            self._steps()
+        self.log.finish()
+
+    def _steps(self) -> None:
         training = self.recipe.training
         last = min(training.steps, training.stop_after or training.steps)
         saved_at = self.progress.iteration
@@ -121,7 +126,6 @@ class Trainer:
                 break
         if saved_at != self.progress.iteration:
             self.save()
-        self.log.finish()
 
     def _one_step(self) -> None:
         activity.step = self.progress.iteration + 1
@@ -191,6 +195,16 @@ class Trainer:
                 f"iteration {self.progress.iteration}: loss or gradient was not finite for {self.nonfinite} steps in a row "
                 "(training.max_nonfinite_steps); lower optimizer.lr, or look at the samples named in metrics.jsonl"
             )
+
+    @contextlib.contextmanager
+    def _stops_on_signal(self) -> Iterator[None]:
+        """The handlers of before come back: one left behind would keep this trainer, its model and its groups alive."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, _) -> None:
         self.stop_signal = True

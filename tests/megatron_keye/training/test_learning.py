@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -59,8 +60,10 @@ def test_answers_held_out_clips_and_fails_blindfolded(qwen_tiktoken: Path, tmp_p
     )
     plan.shut_down()
     trainer = Trainer(recipe, plan.initialize(recipe.parallel))
+    handler = signal.getsignal(signal.SIGTERM)
     trainer.run()
     trainer.close()
+    assert signal.getsignal(signal.SIGTERM) is handler, "a handler left behind holds the trainer and its groups"
 
     model = KeyeModel(recipe.model).eval()
     model.language_model.load_state_dict(trainer.engine.language[0].state_dict())
