@@ -7,6 +7,7 @@ PACKAGE_DIR = {
     "keye_kernels": "kernels/keye_kernels",
     "keye_data": "data_pipeline/keye_data",
 }
+RAY = "ray>=2.60"  # shards built, clips decoded and rollouts made on many machines
 packages = [
     name if sub is None else f"{name}.{sub}"
     for name, folder in PACKAGE_DIR.items()
@@ -42,7 +43,8 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.8"],  # unverified: no machine of ours has built it
-        "rollout": ["ray>=2.60", "math-verify", "bm25s", "scipy"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+        "cluster": [RAY],
+        "rollout": [RAY, "math-verify", "bm25s", "scipy"],
+        "dev": [RAY, "pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
     },
 )
