@@ -37,7 +37,11 @@ def media_names(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def _message(message: Any, where: str, rename: Callable[[str, str], str] | None) -> dict[str, Any]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise DataError(f"{where}: `role` must be one of {', '.join(ROLES)}", MALFORMED)
-    content = message.get("content")
+    content, thoughts = message.get("content"), message.get("reasoning_content")
+    if thoughts is not None:
+        if not isinstance(thoughts, str):
+            raise DataError(f"{where}: `reasoning_content` must be text", MALFORMED)
+        _text(thoughts, where)
     if isinstance(content, str):
         return {**message, "content": _text(content, where)}
     if not isinstance(content, list):

@@ -27,6 +27,7 @@ from keye_data.images import decode_image
 from keye_data.positions import mrope_positions
 from keye_data.sample import IGNORE, EncodedSample, Media, pixel_values
 from keye_data.settings import DataConfig
+from keye_data.thinking import with_thinking
 from keye_data.tokenizer import ENDOFTEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from keye_data.video import UnsupportedCodec, decode, probe, trim
 
@@ -225,7 +226,7 @@ class Processor:
 
     def _render(self, conversation: dict[str, Any], key: str, prompt: bool) -> tuple[str, list[dict[str, Any]]]:
         """-> the text, and the messages it was made of."""
-        messages = normalise(conversation.get("messages"), key)
+        messages = with_thinking(normalise(conversation.get("messages"), key), key, self.settings.keep_thinking)
         if self.settings.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         tools = conversation.get("tools")

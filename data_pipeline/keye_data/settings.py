@@ -45,6 +45,7 @@ class DataConfig:
     workers: int = 2  # loader processes per data-parallel rank
     system_prompt: str | None = None
     train_on: str = "answers"  # answers | all
+    keep_thinking: bool = True  # false: chain of thought is taken out of answers before they are cut into tokens
     image: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     max_failures_in_a_row: int = 100  # broken samples one after another before the run stops
