@@ -77,6 +77,8 @@ class Ghosts(TorchDispatchMode):
         if name == "masked_select" and not args[1].is_meta:
             count = int(torch.broadcast_to(args[1], args[0].shape).sum())
             return torch.empty(count, dtype=args[0].dtype, device=META)
+        if name == "_grouped_mm":
+            return _grouped(*args[:3])
         if name in INDEXING:
             args = (args[0], [i for index in args[1] for i in _places(index)], *args[2:])
         if name.endswith("_") and name not in RESHAPING:
@@ -121,6 +123,12 @@ def _even_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values [.., k] without content, and real indices that take every column equally often, each once a row."""
     values = torch.empty(*x.shape[:-1], k, dtype=x.dtype, device=META)
     return values, (torch.arange(values.numel()) % x.shape[-1]).view(values.shape)
+
+
+def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """[n, in] x [E, in, out] -> [n, out], or [in, n] x [n, out] -> [E, in, out]. torch's meta kernel knows bf16 alone."""
+    groups = (len(ends),) if b.dim() == 2 else ()
+    return torch.empty(*groups, a.shape[0], b.shape[-1], dtype=a.dtype, device=META)
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import lcm
 
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -22,7 +23,7 @@ from megatron_keye.model.names import Link, links
 from megatron_keye.model.transformer_config import language_config, vision_config
 from megatron_keye.parallel import plan
 from megatron_keye.training.engine import DTYPES
-from megatron_keye.training.scope import apply_scope, part_of
+from megatron_keye.training.scope import is_trained, part_of
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,19 @@ def _build(recipe: Recipe, groups: plan.Plan, index: int) -> Stage:
     chunks = range(p.virtual_pipeline) if p.virtual_pipeline else [None]
     language = [LanguageModel(config, vp_stage=chunk) for chunk in chunks]
     tower = VisionTower(vision_config(cfg, dtype=dtype), groups.vision)
-    apply_scope(language, tower, recipe.training.scope)
-    held = []
+    scope, held = recipe.training.scope, []
     for model in language:
         for name, parameter, link in links(model, cfg):
             group = "experts" if ".experts." in name else "dense"
-            part = part_of(f"language_model.{name}")
-            held.append(_held(parameter, part, group, _shards(link, group, recipe)))
+            held.append(_held(parameter, f"language_model.{name}", group, _shards(link, group, recipe), scope))
     for name, parameter in tower.named_parameters():
-        held.append(_held(parameter, part_of(f"visual.{name}"), "vision", 1))
+        held.append(_held(parameter, f"visual.{name}", "vision", 1, scope))
     return Stage(index, [[layer.layer_number - 1 for layer in model.decoder.layers] for model in language], held)
 
 
-def _held(parameter, part: str, group: str, shards: int) -> Held:
-    return Held(part, group, parameter.numel(), shards, parameter.requires_grad, parameter.element_size())
+def _held(parameter: Tensor, name: str, group: str, shards: int, scope: str) -> Held:
+    """What trains is asked of the name: one of grouped experts is a slice, which knows of no gradient."""
+    return Held(part_of(name), group, parameter.numel(), shards, is_trained(name, scope), parameter.element_size())
 
 
 def _shards(link: Link, group: str, recipe: Recipe) -> int:

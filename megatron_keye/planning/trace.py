@@ -116,7 +116,9 @@ def traced(recipe: Recipe, stage: int = 0) -> Iterator[TracedStep]:
     """
     if dist.is_initialized():
         raise UserError("a dry run needs a process of its own: this one already has process groups; start a fresh one")
-    p = recipe.parallel
+    p, model = recipe.parallel, recipe.model
+    if model.grouped_experts is None:  # as on CUDA
+        recipe = replace(recipe, model=replace(model, grouped_experts=True))
     world = p.pipeline * lcm(p.tensor * p.context, p.expert * p.expert_tensor)
     ledger = Ledger()
     tracker = moe_utils.get_moe_layer_wise_logging_tracker()  # global, and sized for the layers of the model that ran

@@ -108,18 +108,20 @@ def test_scope_decides_what_has_gradients_and_states(scope, mode, trained):
     assert plan["stages"][0]["bytes"]["optimizer"] == 8 * size  # fp32 weights are their own masters
 
 
+@pytest.mark.parametrize("grouped", ["false", "true"], ids=["experts in turn", "grouped experts"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "world_size, layout", [(8, ["tensor=2", "expert=4"]), (16, ["tensor=2", "expert=2", "pipeline=2", "context=2"])]
 )
-def test_bytes_are_those_of_the_trainers_buffers(precision, world_size, layout):
+def test_bytes_are_those_of_the_trainers_buffers(precision, world_size, layout, grouped):
     """Megatron's own gradient buffers and optimizer shards of a rank of each stage, made in a fake world of that size."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_keye.parallel import plan as parallel_plan
     from megatron_keye.training.engine import Engine
 
-    chosen = recipe("profile=mini", f"training.precision={precision}", *(f"parallel.{x}" for x in layout))
+    kind = (f"training.precision={precision}", f"model.grouped_experts={grouped}")
+    chosen = recipe("profile=mini", *kind, *(f"parallel.{x}" for x in layout))
     for stage in make_plan(chosen, world_size)["stages"]:
         dist.init_process_group("fake", store=FakeStore(), rank=stage["rank"], world_size=world_size)
         try:
