@@ -38,12 +38,12 @@ class Info:
         return last + last / (self.n_frames - 1) if self.n_frames > 1 else 0.0
 
 
-def probe(src: Source) -> Info:
-    """Frame count, times, displayed size and codec. Reads every packet, decodes one frame. DataError when damaged."""
-    return _info(src, scan(src))
+def probe(src: Source, table: PacketTable | None = None) -> Info:
+    """Frame count, times, displayed size and codec. Reads every packet, decodes one frame. DataError when damaged.
 
-
-def _info(src: Source, table: PacketTable) -> Info:
+    `table` saves a scan.
+    """
+    table = table or scan(src)
     name = source_name(src)
     with opened(src) as (container, stream):
         if table.exact:
@@ -97,7 +97,7 @@ def decode(
     asked = np.array([operator.index(i) for i in indices], np.int64)
     table = scan(src)
     # The table alone is enough where it can be, so that no frame is decoded twice.
-    info = None if backend == "pyav" and table.exact and len(asked) else _info(src, table)
+    info = None if backend == "pyav" and table.exact and len(asked) else probe(src, table)
     count = info.n_frames if info else len(table.frames)
     outside = asked[(asked < 0) | (asked >= count)]
     if len(outside):

@@ -32,6 +32,8 @@ class PacketTable:
     sync: np.ndarray  # bool [N]: decoding can start here, and nothing later needs anything earlier
     hidden: np.ndarray  # bool [N]: decoded, never shown (VP8's alternate reference)
     discard: np.ndarray  # bool [N]: before the start of the edit list: decoded, not shown
+    duration: np.ndarray  # int64 [N], units of time_base; 0 where not stated
+    pos: np.ndarray  # int64 [N], first byte in the file; -1 where not known
     time_base: Fraction
     codec: str
     exact: bool  # False: pts cannot be trusted, so that frames are found by decoding from the start
@@ -61,7 +63,7 @@ def scan(src: Source) -> PacketTable:
 
 def scan_open(container: InputContainer, stream: VideoStream, name: str) -> PacketTable:
     codec = stream.codec_context.name
-    rows: list[tuple[int, int, bool, bool, bool]] = []
+    rows: list[tuple[int, int, int, int, bool, bool, bool]] = []
     timed = not TIMED_FORMATS.isdisjoint(container.format.name.split(","))
     is_random_access = _random_access(codec, stream.codec_context.extradata)
     damaged = 0
@@ -70,7 +72,8 @@ def scan_open(container: InputContainer, stream: VideoStream, name: str) -> Pack
         damaged += packet.is_corrupt
         hidden = codec == "vp8" and packet.size > 0 and not bytes(packet)[0] & 16
         sync = packet.is_keyframe and is_random_access(packet)
-        rows.append((packet.pts or 0, packet.size, sync, hidden, packet.is_discard))
+        pos = -1 if packet.pos is None else packet.pos
+        rows.append((packet.pts or 0, packet.size, packet.duration or 0, pos, sync, hidden, packet.is_discard))
         if len(rows) > MAX_PACKETS:
             raise DataError(f"video {name}: more than {MAX_PACKETS} packets; cut it into segments", "too large")
     if not rows:
@@ -80,13 +83,14 @@ def scan_open(container: InputContainer, stream: VideoStream, name: str) -> Pack
             f"video {name}: is damaged or cut short: {len(rows) - damaged} of {stream.frames} packets can be read"
         )
     columns = list(zip(*rows))
-    pts, size = (np.array(column, np.int64) for column in columns[:2])
-    sync_, hidden_, discard = (np.array(column, bool) for column in columns[2:])
+    pts, size, duration, places = (np.array(column, np.int64) for column in columns[:4])
+    sync_, hidden_, discard = (np.array(column, bool) for column in columns[4:])
     # A start is clean only if nothing behind it in decode order is shown before it (open GOP).
     sync_ &= np.minimum.accumulate(pts[::-1])[::-1] == pts
     shown = pts[~(hidden_ | discard)]
     exact = bool(timed and sync_[0] and len(np.unique(shown)) == len(shown) > 0)
-    return PacketTable(pts, size, sync_, hidden_, discard, Fraction(stream.time_base or 1), codec, exact)
+    time_base = Fraction(stream.time_base or 1)
+    return PacketTable(pts, size, sync_, hidden_, discard, duration, places, time_base, codec, exact)
 
 
 def _random_access(codec: str, extradata: bytes | None) -> Callable[[Packet], bool]:

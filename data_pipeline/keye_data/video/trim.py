@@ -39,15 +39,17 @@ def trim(src: Source, indices: Sequence[int] | np.ndarray, table: PacketTable | 
         return source_bytes(src), wanted.tolist()
     # What an edit list hid is shown in the new container, which has none: it counts there.
     shown = np.sort(table.pts[keep & ~table.hidden])
-    return _remux(src, table, keep), np.searchsorted(shown, table.pts[packets]).tolist()
+    return remux(src, table, keep), np.searchsorted(shown, table.pts[packets]).tolist()
 
 
-def _remux(src: Source, table: PacketTable, keep: np.ndarray) -> bytes:
+def remux(src: Source, table: PacketTable, keep: np.ndarray) -> bytes:
+    """A container with the kept packets (bool [N], every run beginning at a sync packet); the same bytes every time."""
     shift = int(table.pts[keep].min())
     target = io.BytesIO()
     with opened(src) as (source, stream):
         codec = table.codec
-        with av.open(target, "w", format=FORMATS.get(codec, "matroska")) as out:
+        # Matroska would write random identifiers.
+        with av.open(target, "w", format=FORMATS.get(codec, "matroska"), options={"fflags": "+bitexact"}) as out:
             copy = out.add_stream_from_template(stream)
             for item in read(source, stream, table, keep):
                 if item is None:
