@@ -1,7 +1,8 @@
-"""Every recipe at 8 to 4,096 ranks: a whole plan or one clear refusal, and no parameter lost or counted twice."""
+"""Every recipe at 8 to 4,096 ranks: a whole plan or one clear refusal, no parameter lost or counted twice, and what it says it fits."""
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -13,10 +14,17 @@ from megatron_keye.config.validate import validate
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.plan import shut_down
 from megatron_keye.planning.dry_run import make_plan
-from megatron_keye.planning.hardware import H200
+from megatron_keye.planning.fit import RESERVE
+from megatron_keye.planning.hardware import GIB, H200
 
 RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
-RECIPES = [path for path in RECIPES if "model:" in path.read_text()]  # a curriculum lists phases and has no model
+RECIPES = [path for path in RECIPES if "\nmodel:" in path.read_text()]  # a curriculum lists phases and has no model
+TRAINED = {
+    "projector": {"projector"},
+    "all_but_indexers": {"language model", "vision encoder", "projector"},
+    "indexers": {"indexers"},
+    "all": {"language model", "indexers", "vision encoder", "projector"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +34,27 @@ def leaves_no_groups():
     assert not dist.is_initialized()
 
 
-@pytest.mark.slow  # thirty plans of the full model, two seconds each
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("world_size", [8, 64, 512, 4096])
-def test_plan_or_refusal(path, world_size):
+def test_mini_has_a_plan(path):
+    recipe = load_recipe(path, ["profile=mini"])
+    assert validate(recipe, 2) == []
+    plan = make_plan(recipe, 2, None)
+    assert plan["recipe"]["name"] == f"{path.stem}-mini" and plan["recipe"]["preset"] == "keye_mini"
+    assert plan["layout"]["data"] == 2 and plan["stages"][0]["bytes"]["sum"] < GIB
+    assert {part for part, count in plan["parameters"]["trained"].items() if count} == TRAINED[recipe.training.scope]
+
+
+@pytest.mark.slow  # three plans of the full model a recipe, two seconds each
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("where", [8, "stated", 4096])
+def test_plan_or_refusal(path, where):
     recipe = load_recipe(path)
+    ((gpus, memory),) = re.findall(r"\((\d+) GPUs of (\d+) GiB;", path.read_text())
+    world_size = int(gpus) if where == "stated" else where
     try:
         validate(recipe, world_size)
     except UserError as error:
-        assert "nearest is" in str(error)
+        assert where != "stated" and "nearest is" in str(error)
         return
     began = time.process_time()
     plan = make_plan(recipe, world_size, H200)
@@ -48,6 +68,7 @@ def test_plan_or_refusal(path, world_size):
         assert sizes["activations"] == sum(stage["activations"].values()) > 0
         assert all(size > 0 for size in stage["activations"].values())
         assert sizes["sum"] == sum(size for kind, size in sizes.items() if kind != "sum")
+        assert where != "stated" or sizes["sum"] + RESERVE <= int(memory) * GIB
     step = plan["step"]
     assert 0 < step["mfu"] < 1 and step["seconds"]["total"] == pytest.approx(
         sum(seconds for kind, seconds in step["seconds"].items() if kind != "total")
