@@ -6,10 +6,10 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron.energon import Cooker, CrudeWebdataset, DefaultTaskEncoder, Sample, SkipSample, WorkerConfig, stateless
@@ -22,9 +22,11 @@ from megatron.energon.source_info import SourceInfo
 from megatron.energon.wrappers import PackingDataset
 from torch.utils.data import get_worker_info
 
+from keye_data.accounting import Skipped
 from keye_data.conversation import MALFORMED
 from keye_data.errors import DataError
-from keye_data.packing import PackedRows, best_fit, collate
+from keye_data.one_epoch import Once, ThenRest
+from keye_data.packing import PackedRows, best_fit, collate, rows_to_send
 from keye_data.processor import Processor
 from keye_data.sample import EncodedSample
 
@@ -53,10 +55,10 @@ class PackedItem(Sample):
 
 @edataclass
 class WorkerBatch(Sample):
-    """What a worker sends: packed rows, and the samples it has skipped since the last: (reason, message)."""
+    """What a worker sends: packed rows, and the samples it has skipped since the last."""
 
     rows: PackedRows
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 class ShardFolder(CrudeWebdataset):
@@ -133,19 +135,42 @@ class Encoder(DefaultTaskEncoder):
     cookers = (Cooker(cook),)
     decoder = None  # Energon's own is not frame-exact
 
-    def __init__(self, processor: Processor) -> None:
+    def __init__(self, processor: Processor, repeat: bool = True) -> None:
         super().__init__()
+        self.repeat = repeat
         self.processor = processor
         self.settings = processor.settings
-        self.skipped: list[tuple[str, str]] = []
+        self.skipped: list[Skipped] = []
         self.failures_in_a_row = 0
+        self.packer: Any = None  # Energon's, once it is built
+        self.sources_left = True
 
-    def build_batch(self, dataset: Any, **options: Any) -> Any:
-        dataset = super().build_batch(dataset, **options)
-        packer = dataset._find_wrapped_dataset(PackingDataset)
-        fill = packer._fill_reading_buffer
-        packer._fill_reading_buffer = lambda source, log_progress=False: fill(source)  # no progress bar per worker
-        return dataset
+    def _load_dataset(self, dataset: Any, worker_rotation_offset: int, worker_config: WorkerConfig) -> Any:
+        loaded = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
+        return loaded if self.repeat else Once(loaded, worker_config)
+
+    def build_batch(self, dataset: Any, *, worker_config: WorkerConfig, **options: Any) -> Any:
+        dataset = super().build_batch(dataset, worker_config=worker_config, **options)
+        self.packer = dataset._find_wrapped_dataset(PackingDataset)
+        fill = self.packer._fill_reading_buffer
+
+        def quietly(source: Any, log_progress: bool = False) -> bool:
+            """Without a progress bar per worker; remembers that the sources have ended."""
+            self.sources_left = fill(source)
+            return self.sources_left
+
+        self.packer._fill_reading_buffer = quietly
+        return dataset if self.repeat else ThenRest(dataset, self._rest, worker_config)
+
+    def _rest(self) -> WorkerBatch | None:
+        """Samples skipped behind the last batch of an epoch."""
+        return self._batch("rest", []) if self.skipped else None
+
+    def lost(self, error: Exception, sample: Any, sources: Any = None) -> None:
+        """Energon's handler for what goes wrong outside encoding: it drops `sample`, or the samples in that list."""
+        for key, source in _names(sample, sources or ()):
+            message = f"{key}: dropped by Energon: {type(error).__name__}: {error}"
+            self.skipped.append(Skipped(key, source, "dropped by Energon", message))
 
     @stateless
     def encode_sample(self, sample: CookedSample) -> EncodedItem:
@@ -155,15 +180,22 @@ class Encoder(DefaultTaskEncoder):
             name, members = _read(sample, name)
             encoded = self.processor.encode(_conversation(members, name), members, name, sample.source)
         except DataError as error:
-            raise self._skip(error.reason, str(error)) from error
+            raise self._skip(name, sample.source, error.reason, str(error)) from error
         except Exception as error:
             log.exception("%s: unexpected error", name)
-            raise self._skip("unexpected error", f"{name}: {type(error).__name__}: {error}") from error
+            message = f"{name}: {type(error).__name__}: {error}"
+            raise self._skip(name, sample.source, "unexpected error", message) from error
         self.failures_in_a_row = 0
         return EncodedItem.derive_from(sample, encoded=encoded)
 
-    def _skip(self, reason: str, message: str) -> Exception:
-        self.skipped.append((reason, message))
+    def not_restored(self, error: Exception, sample: Any, sources: Any = None) -> None:
+        """Energon's handler for a sample that a saved buffer held and that cannot be read again: no order could go on."""
+        text = self.skipped[-1].message if self.skipped else f"{type(error).__name__}: {error}"
+        text = f"the data is not what it was when the checkpoint was written; put it back as it was: {text}"
+        raise FatalSampleError(FATAL + text + FATAL) from error
+
+    def _skip(self, key: str, source: str, reason: str, message: str) -> Exception:
+        self.skipped.append(Skipped(key, source, reason, message))
         self.failures_in_a_row += 1
         if self.failures_in_a_row >= self.settings.max_failures_in_a_row:
             text = f"{self.failures_in_a_row} samples in a row could not be used (data.max_failures_in_a_row); the last: {message}"
@@ -173,7 +205,12 @@ class Encoder(DefaultTaskEncoder):
     def select_samples_to_pack(self, samples: list[EncodedItem]) -> list[list[EncodedItem]]:
         if not self.settings.packing:
             return [[sample] for sample in samples]
-        rows = best_fit([len(sample.encoded) for sample in samples], self.settings.seq_length)
+        lengths = [len(sample.encoded) for sample in samples]
+        rows = best_fit(lengths, self.settings.seq_length)
+        if self.sources_left:  # the rest waits in the buffer, and in its saved state, for samples that fit better
+            rows = rows_to_send(rows, lengths, self.settings.seq_length)
+            sent = {i for row in rows for i in row}
+            self.packer._reading_buffer.extend([sample for i, sample in enumerate(samples) if i not in sent])
         return [[samples[i] for i in row] for row in rows]
 
     @stateless
@@ -182,11 +219,14 @@ class Encoder(DefaultTaskEncoder):
 
     @stateless
     def batch(self, samples: list[PackedItem]) -> WorkerBatch:
+        return self._batch(samples[0].__key__, samples)
+
+    def _batch(self, key: str, samples: list[PackedItem]) -> WorkerBatch:
         rows = collate(
             [item.samples for item in samples], self.settings.seq_length, self.processor.tokenizer.pad_token_id
         )
         skipped, self.skipped = self.skipped, []
-        return WorkerBatch.derive_from(samples[0], rows=rows, skipped=skipped)
+        return WorkerBatch(__key__=key, __restore_key__=(), rows=rows, skipped=skipped)
 
 
 @cache
@@ -204,11 +244,23 @@ def _outlive_sigterm() -> None:
 FATAL = "\x1f"  # marks our sentence inside the wrapped traceback that a worker's exception becomes
 
 
+def _names(sample: Any, sources: Iterable[SourceInfo]) -> list[tuple[str, str]]:
+    """(key, source) of every sample in what one of Energon's stages was given."""
+    if isinstance(sample, list):
+        return [name for one in sample for name in _names(one, getattr(one, "__sources__", None) or ())]
+    encoded = getattr(sample, "samples", None) or [getattr(sample, "encoded", None)]
+    if encoded[0] is not None:
+        return [(one.key, one.source) for one in encoded]
+    return [(f"{one.dataset_path}/{one.shard_name}/sample {one.index}", str(one.dataset_path)) for one in sources]
+
+
 def _read(sample: CookedSample, name: str) -> tuple[str, dict[str, bytes]]:
     try:
         key, members = sample.read()
     except DataError as error:
         raise DataError(f"{name}: {error}", error.reason) from error
+    if key.startswith("/") or ".." in PurePosixPath(key).parts:
+        raise DataError(f"{sample.source}/{key}: a member's name leads out of the shard", "unsafe name")
     return f"{sample.source}/{key}", members
 
 

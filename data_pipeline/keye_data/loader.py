@@ -5,40 +5,41 @@ Energon reads, blends, shuffles, encodes and packs in worker processes; this pro
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.energon import WorkerConfig, get_savable_loader
 from megatron.energon.errors import FatalSampleError
-from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 
 from keye_data import resume
-from keye_data.energon_source import FATAL, Encoder, ShardFolder, WorkerBatch
+from keye_data.accounting import Skipped
+from keye_data.energon_source import FATAL, Encoder, WorkerBatch
 from keye_data.errors import DataError
 from keye_data.packing import Document
 from keye_data.plain_state import from_plain, to_plain
 from keye_data.processor import PATCH, Processor, media_grid
 from keye_data.sample import IGNORE, Batch
 from keye_data.settings import DataConfig
+from keye_data.sources import open_sources
 from keye_data.video import UnsupportedCodec
 
 log = logging.getLogger(__name__)
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Loader:
-    """An endless iterator of `Batch`es for data-parallel rank `rank` of `world_size`; ranks see different samples.
+    """An iterator of `Batch`es for data-parallel rank `rank` of `world_size`; ranks see different samples.
 
     Sources are drawn by weight, shuffled and packed into rows of settings.seq_length. The same arguments give the same
-    batches, whatever the timing. Broken samples are skipped, named in the log and counted in Batch.skipped.
+    batches, whatever the timing. Broken samples are skipped, named in the log and listed in Batch.bad, once each, also
+    over a resume. It never ends, unless `repeat` is False: then every sample of every source is read once, whatever the
+    weights, and the last batches may have fewer rows, or none where only skipped samples were left to tell of.
     Raises DataError for a missing or empty shard folder, and after max_failures_in_a_row broken samples.
     """
 
@@ -51,18 +52,23 @@ class Loader:
         world_size: int,
         micro_batch_size: int,
         seed: int,
+        repeat: bool = True,
     ) -> None:
         # The tokenizer's threads do not survive a fork, and say so on stderr in every worker.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.processor = processor
+        self.repeat = repeat
+        encoder = Encoder(processor, repeat)
         worker_config = WorkerConfig(
             rank=rank,
             world_size=world_size,
             num_workers=settings.workers,
             seed_offset=seed,
-            global_error_handler=_log_error,
+            global_error_handler=encoder.lost,
+            restore_error_handler=encoder.not_restored,
         )
-        folders = _open_sources(settings, worker_config)
+        folders = open_sources(settings, worker_config)
+        self.source_sizes = {str(folder.dataset.path): len(folder.dataset) for folder in folders}  # as in Batch.sources
         # What must be the same on both sides of a checkpoint for the order of the samples to go on.
         self._layout = {
             "rank": rank,
@@ -73,17 +79,19 @@ class Loader:
             "seq_length": settings.seq_length,
             "packing_buffer": settings.packing_buffer if settings.packing else 1,
             "shuffle_buffer": settings.shuffle_buffer,
+            "repeat": repeat,
             # not the paths: data may move between machines
             "sources": [[len(folder.dataset), folder.weight] for folder in folders],
         }
-        dataset = Encoder(processor).build_train_datasets(
+        dataset = encoder.build_train_datasets(
             datasets=folders,
             worker_config=worker_config,
             batch_size=micro_batch_size,
-            batch_drop_last=True,
+            batch_drop_last=repeat,
             packing_buffer_size=self._layout["packing_buffer"],
             shuffle_buffer_size=settings.shuffle_buffer,
-            blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+            blend_mode=DatasetBlendMode.DATASET_WEIGHT if repeat else DatasetBlendMode.NONE,
+            repeat=repeat,
         )
         self._loader = get_savable_loader(
             dataset,
@@ -106,22 +114,23 @@ class Loader:
             text = str(error)
             raise DataError(text.split(FATAL)[1] if FATAL in text else text) from error
         except StopIteration:
+            if not self.repeat:
+                raise
             raise DataError("the sources ran out of samples: every one was skipped") from None
         return self._decode(item)
 
     def _decode(self, item: WorkerBatch) -> Batch:
         begin = time.perf_counter()
-        rows, skipped = item.rows, Counter[str]()
-        for reason, message in item.skipped:
-            skipped[reason] += 1
-            log.warning("skipped, %s: %s", reason, message)
+        rows, bad = item.rows, list(item.skipped)
+        for one in bad:
+            log.warning("skipped, %s: %s", one.reason, one.message)
         patches = [torch.empty(0, 3, PATCH, PATCH, dtype=torch.uint8)]
         grids = [torch.empty(0, 2, dtype=torch.int64)]
         for document in rows.documents:
             broken = self._pixels(document, patches, grids)
             if broken:  # its tokens stay, so that all ranks agree on the shapes, and nothing is learned from them
                 rows.targets[document.row, document.begin : document.end] = IGNORE
-                skipped[broken] += 1
+                bad.append(broken)
         return Batch(
             input_ids=torch.from_numpy(rows.input_ids),
             targets=torch.from_numpy(rows.targets),
@@ -132,12 +141,12 @@ class Loader:
             grid=torch.cat(grids),
             keys=[document.key for document in rows.documents],
             sources=[document.source for document in rows.documents],
-            skipped=dict(skipped),
+            bad=bad,
             decode_ms=(time.perf_counter() - begin) * 1000,
         )
 
-    def _pixels(self, document: Document, patches: list[torch.Tensor], grids: list[torch.Tensor]) -> str | None:
-        """Appends the pixels of a document's media, zeros for what cannot be decoded; returns the reason if any."""
+    def _pixels(self, document: Document, patches: list[torch.Tensor], grids: list[torch.Tensor]) -> Skipped | None:
+        """Appends the pixels of a document's media, zeros for what cannot be decoded; returns what was wrong if anything."""
         broken = None
         for media in document.media:
             grid = media_grid(media)
@@ -147,7 +156,8 @@ class Loader:
                 raise  # a wrong data.video.backend, not a broken clip
             except DataError as error:
                 log.warning("masked, %s: %s: %s", error.reason, document.key, error)
-                broken = error.reason
+                message = f"{document.key}: {error}"
+                broken = Skipped(document.key, document.source, error.reason, message, masked=True)
                 pixels = torch.zeros(int(grid.prod(1).sum()), 3, PATCH, PATCH, dtype=torch.uint8)
             patches.append(pixels)
             grids.append(grid)
@@ -179,40 +189,3 @@ class Loader:
         """Ends the worker processes."""
         if self._loader._iterator is not None:
             self._loader._iterator._shutdown_workers()
-
-
-def _open_sources(settings: DataConfig, worker_config: WorkerConfig) -> list[LoadedDataset]:
-    if not settings.sources:
-        raise DataError("data.sources is empty: name at least one folder made by tools/build_shards.py")
-    loaded = []
-    for source in settings.sources:
-        folder = Path(source.path).expanduser()
-        build = f"build it with `python tools/build_shards.py SOURCE --out {source.path}`"
-        if source.weight <= 0:
-            raise DataError(f"data.sources: {source.path} has weight {source.weight}; it must be above 0")
-        if not folder.is_dir():
-            raise DataError(f"data.sources: the shard folder {source.path} does not exist; {build}")
-        try:
-            counts = json.loads((folder / ".nv-meta" / ".info.json").read_text())["shard_counts"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.sources: {source.path} is no shard folder (no readable index); {build}") from error
-        missing = [name for name in counts if not (folder / name).is_file()]
-        if missing:
-            raise DataError(
-                f"data.sources: {source.path} lacks {len(missing)} of its shards, first {missing[0]}; {build}"
-            )
-        samples, readers = sum(counts.values()), worker_config.world_size * max(1, worker_config.num_workers)
-        if samples == 0:
-            raise DataError(f"data.sources: {source.path} is empty; {build}")
-        if samples < readers:
-            raise DataError(
-                f"data.sources: {source.path} has {samples} samples for {readers} readers (data-parallel ranks x data.workers); "
-                "use fewer workers or ranks, or more samples"
-            )
-        loaded.append(LoadedDataset(dataset=ShardFolder(folder, worker_config), weight=source.weight))
-    return loaded
-
-
-def _log_error(error: Exception, sample: Any, sources: Any = None) -> None:
-    """Energon's handler for what went wrong outside encoding; those samples are dropped."""
-    log.warning("dropped by Energon: %s: %s", type(error).__name__, error)

@@ -61,6 +61,17 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted((sorted(row) for row in rows), key=lambda row: row[0])
 
 
+def rows_to_send(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Of best_fit's rows those that are full to 1/64, the fullest, and the one with the earliest sample.
+
+    The samples of the others wait for company that fits better; none waits longer than a buffer's worth of rounds.
+    """
+    room = [capacity - sum(lengths[i] for i in row) for row in rows]
+    return [
+        list(row) for at, row in enumerate(rows) if at == 0 or room[at] <= max(capacity // 64, min(room, default=0))
+    ]
+
+
 def collate(rows: Sequence[Sequence[EncodedSample]], seq_length: int, pad_id: int) -> PackedRows:
     """Rows of samples -> arrays. Targets are the next token of the same document; positions are the documents' own."""
     shape = (len(rows), seq_length)

@@ -56,6 +56,8 @@ class Processor:
         self.settings = settings
         if settings.train_on not in ("answers", "all"):
             raise DataError(f"data.train_on: {settings.train_on!r} is neither answers nor all")
+        if settings.too_long not in ("skip", "cut"):
+            raise DataError(f"data.too_long: {settings.too_long!r} is neither skip nor cut")
         try:
             self.timestamp(0.0)
         except (KeyError, IndexError, ValueError) as error:
@@ -79,7 +81,10 @@ class Processor:
                 raise DataError(f"{key}: `text` must be text", MALFORMED)
             # a document may speak of any token; here it is only text
             ids = self.tokenizer.encode(conversation["text"], add_special_tokens=False, split_special_tokens=True)
-            pieces = [_Piece([*ids, self.eod_id], learn=True)]
+            ids.append(self.eod_id)
+            if self.settings.too_long == "cut":
+                ids = ids[: self.settings.seq_length]  # without its end: the model must not learn that it ends there
+            pieces = [_Piece(ids, learn=True)]
         else:
             pieces = self._pieces(conversation, media, key, add_generation_prompt=False)
             if not any(piece.learn for piece in pieces):

@@ -5,10 +5,13 @@ Shapes: L tokens of one sample, B packed rows of S tokens, P patches of 14 x 14 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+from keye_data.accounting import Skipped
 
 IGNORE = -100
 
@@ -58,5 +61,12 @@ class Batch:
     grid: torch.Tensor  # int64 [N, 2]: patches down and across, per picture or frame
     keys: list[str] = field(default_factory=list)  # the samples inside
     sources: list[str] = field(default_factory=list)  # the source of each
-    skipped: dict[str, int] = field(default_factory=dict)  # since the last batch: reason -> samples
+    bad: list[Skipped] = field(
+        default_factory=list
+    )  # samples skipped since the last batch, and masked ones of this one
     decode_ms: float = 0.0
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """`bad`, counted: reason -> samples."""
+        return dict(Counter(one.reason for one in self.bad))

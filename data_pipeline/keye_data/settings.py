@@ -13,6 +13,7 @@ MISSING: Any = "???"
 class SourceConfig:
     path: str = MISSING  # a folder made by tools/build_shards.py
     weight: float = 1.0  # share of samples drawn from it
+    kind: str = "short"  # short | long, for data.long_short_ratio
 
 
 @dataclass
@@ -38,9 +39,12 @@ class VideoConfig:
 class DataConfig:
     tokenizer: str = MISSING  # a Hugging Face folder, or a qwen.tiktoken file
     sources: list[SourceConfig] = field(default_factory=list)
+    # Samples drawn from the long sources together for each one from the short ones; weights then share within a kind.
+    long_short_ratio: float | None = None  # null: weights alone decide
     seq_length: int = 8192  # tokens of one packed row
+    too_long: str = "skip"  # skip | cut: plain documents lose their end; conversations and media are skipped even so
     packing: bool = True
-    packing_buffer: int = 64  # samples waiting to be packed
+    packing_buffer: int = 256  # samples waiting to be packed: 0.99 full where half are over 1/8 of a row; 64 leave 0.97
     shuffle_buffer: int = 100
     workers: int = 2  # loader processes per data-parallel rank
     system_prompt: str | None = None

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from keye_data.blend import shares
+from keye_data.errors import DataError
 from megatron_keye.config.model import ATTENTION_MODES
 from megatron_keye.config.recipe import Recipe
 from megatron_keye.config.rope import LAYOUTS
@@ -18,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention_mode": ATTENTION_MODES,
     "model.attention_backend": ("reference", "torch", "triton"),
     "data.train_on": ("answers", "all"),
+    "data.too_long": ("skip", "cut"),
     "data.video.backend": ("pyav", "dali", "torchcodec"),
     "data.video.device": ("auto", "cpu", "gpu"),
     "training.precision": ("bf16", "fp32"),
@@ -55,6 +58,7 @@ ABOVE_ZERO = (
     "model.init_std",
     "model.vision_layer_norm_eps",
     "model.projector_norm_eps",
+    "data.long_short_ratio",
     "data.video.fps",
     "training.collective_timeout_minutes",
     "optimizer.eps",
@@ -101,11 +105,15 @@ def _data_errors(recipe: Recipe) -> list[str]:
         errors.append("data.tokenizer is not set; give a Hugging Face folder or a qwen.tiktoken file")
     if not data.sources:
         errors.append("data.sources is empty; give at least one folder made by tools/build_shards.py")
-    for i, source in enumerate(data.sources):
-        if not (math.isfinite(source.weight) and source.weight > 0):
-            errors.append(
-                f"data.sources.{i}.weight = {source.weight} must be above 0; leave the source out to ignore it"
-            )
+    weights = [source.weight for source in data.sources]
+    for i, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight > 0):
+            errors.append(f"data.sources.{i}.weight = {weight} must be above 0; leave the source out to ignore it")
+    if weights and all(math.isfinite(weight) and weight > 0 for weight in weights):
+        try:
+            shares(data.sources, data.long_short_ratio)
+        except DataError as error:
+            errors.append(str(error))
     for low, high, low_key, high_key in (
         (image.min_tokens, image.max_tokens, "data.image.min_tokens", "data.image.max_tokens"),
         (video.min_frame_tokens, video.max_frame_tokens, "data.video.min_frame_tokens", "data.video.max_frame_tokens"),

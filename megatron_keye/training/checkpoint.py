@@ -29,6 +29,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from keye_data.accounting import Account
 from megatron_keye.config.model import ModelConfig, check_same_model
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.plan import Plan
@@ -61,8 +62,13 @@ def newest(root: Path) -> Path | None:
 class Progress:
     iteration: int = 0
     consumed_samples: int = 0
-    skipped_samples: dict[str, int] = dataclasses.field(default_factory=dict)
+    account: Account = dataclasses.field(default_factory=Account)  # of the data, all ranks together
     skipped_steps: int = 0
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Progress:
+        """From what dataclasses.asdict made of one."""
+        return cls(**{**saved, "account": Account(**saved["account"])})
 
 
 class Checkpointer:
@@ -196,8 +202,8 @@ class Checkpointer:
             _set_random_states(torch.load(folder / f"rng_{self.plan.rank:05d}.pt", weights_only=True))
         readers = [torch.load(f, weights_only=True) for f in sorted(folder.glob("loader_*.pt"))]
         if layout["data"] == self.plan.data_size:
-            return Progress(**saved), readers[self.plan.data_rank]
-        return Progress(**saved), readers  # the loader deals them out anew, or says why it cannot
+            return Progress.of(saved), readers[self.plan.data_rank]
+        return Progress.of(saved), readers  # the loader deals them out anew, or says why it cannot
 
 
 def load_weights(folder: Path, model: ModelConfig, language: list[nn.Module], tower: nn.Module, plan: Plan) -> None:

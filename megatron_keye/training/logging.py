@@ -1,4 +1,4 @@
-"""What a run says: one line a step in Megatron's wording, metrics.jsonl, wandb, and a picture of the loss.
+"""What a run says: one line a step in Megatron's wording, metrics.jsonl, skipped.jsonl, wandb, and a picture of the loss.
 
 The last rank of the first data block logs (it holds the loss); all others are silent.
 """
@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from keye_data.accounting import Skipped
 from megatron_keye.config.recipe import Recipe
 
 
@@ -27,12 +28,14 @@ class RunLog:
     def __init__(self, recipe: Recipe, run_dir: Path, active: bool, first_iteration: int):
         self.recipe, self.active = recipe, active
         self.path = run_dir / "metrics.jsonl"
+        self.skipped_path = run_dir / "skipped.jsonl"
         self.picture = run_dir / "loss.png"
         self.wandb: Any = None
         if not active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._forget_after(first_iteration)
+        for path in (self.path, self.skipped_path):
+            _forget_after(path, first_iteration)
         if recipe.logging.wandb != "off":
             import wandb
 
@@ -45,14 +48,6 @@ class RunLog:
                 settings=wandb.Settings(console="off", silent=True),
             )
 
-    def _forget_after(self, iteration: int) -> None:
-        """Steps after the checkpoint that a run goes on from will be taken, and written, again."""
-        if self.path.exists():
-            lines = [x for x in self.path.read_text().splitlines() if _iteration_of(x) <= iteration]
-            draft = self.path.with_suffix(".draft")  # a kill in this moment must not lose the log
-            draft.write_text("".join(f"{x}\n" for x in lines))
-            os.replace(draft, self.path)
-
     def step(self, metrics: dict[str, Any]) -> None:
         if not self.active:
             return
@@ -63,6 +58,12 @@ class RunLog:
         if metrics["iteration"] % self.recipe.logging.interval == 0:
             say(step_line(metrics, self.recipe.training.steps))
 
+    def skipped(self, iteration: int, bad: list[Skipped]) -> None:
+        """Into skipped.jsonl, one JSON object a sample: every sample that the step could not use, and why."""
+        if self.active and bad:
+            with self.skipped_path.open("a") as stream:
+                stream.write("".join(json.dumps({"iteration": iteration, **asdict(one)}) + "\n" for one in bad))
+
     def finish(self) -> None:
         if not self.active:
             return
@@ -70,6 +71,15 @@ class RunLog:
             plot_losses(self.path, self.picture)
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _forget_after(path: Path, iteration: int) -> None:
+    """Steps after the checkpoint that a run goes on from will be taken, and written, again."""
+    if path.exists():
+        lines = [x for x in path.read_text().splitlines() if _iteration_of(x) <= iteration]
+        draft = path.with_suffix(".draft")  # a kill in this moment must not lose the log
+        draft.write_text("".join(f"{x}\n" for x in lines))
+        os.replace(draft, path)
 
 
 def step_line(m: dict[str, Any], steps: int) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from keye_data.accounting import Account, Skipped
 from keye_data.loader import Loader
 from keye_data.processor import Processor
 from keye_data.sample import Batch
@@ -136,9 +136,10 @@ class Trainer:
         lr = self.engine.optimizer.param_groups[0]["lr"]
         self.progress.iteration += 1
         self.engine.schedule.step(increment=1)
-        skipped, rows, flops = self._totals(batches)
-        self.progress.consumed_samples += rows
-        self.progress.skipped_samples = dict(Counter(self.progress.skipped_samples) + Counter(skipped))
+        account, bad, sizes, flops = self._totals(batches)
+        self.progress.consumed_samples += sum(account.consumed.values())
+        self.progress.account += account
+        self.log.skipped(self.progress.iteration, bad)
         self._guard(result)
         elapsed = time.perf_counter() - begin
         self.log.step(
@@ -158,23 +159,24 @@ class Trainer:
                 **self._balance(batches),
                 "video-decode-wait-ms": waited * 1000,
                 "skipped-steps": self.progress.skipped_steps,
-                "skipped-samples": sum(self.progress.skipped_samples.values()),
-                "skipped-samples-by-reason": self.progress.skipped_samples,
+                "consumed-samples-by-source": self.progress.account.consumed,
+                "epochs-by-source": self.progress.account.epochs(sizes),
+                "skipped-samples": sum(self.progress.account.reasons.values()),
+                "skipped-samples-by-reason": self.progress.account.reasons,
                 "sample-keys": [k for b in batches for k in b.keys],
             }
         )
 
-    def _totals(self, batches: list[Batch]) -> tuple[dict[str, int], int, float]:
-        """Over all blocks: samples skipped by reason, samples used, floating-point work."""
-        mine = (
-            sum((Counter(b.skipped) for b in batches), Counter()) if self.loader is not None else Counter(),
-            sum(len(b.keys) for b in batches) if self.loader is not None else 0,
-            step_flops(self.recipe.model, batches) if self.loader is not None else 0.0,
-        )
+    def _totals(self, batches: list[Batch]) -> tuple[Account, list[Skipped], dict[str, int], float]:
+        """Over all blocks: samples used and skipped, the latter by name, the sizes of the sources, floating-point work."""
+        mine: Any = None
+        if self.loader is not None:
+            bad = [one for b in batches for one in b.bad]
+            mine = (Account.of(batches), bad, self.loader.source_sizes, step_flops(self.recipe.model, batches))
         everyone: list[Any] = [None] * self.plan.world_size
         dist.all_gather_object(everyone, mine)
-        skipped = sum((part[0] for part in everyone), Counter[str]())
-        return dict(skipped), sum(part[1] for part in everyone), sum(part[2] for part in everyone)
+        accounts, bads, sizes, flops = zip(*(part for part in everyone if part is not None))
+        return sum(accounts, Account()), [one for part in bads for one in part], sizes[0], sum(flops)
 
     def _balance(self, batches: list[Batch]) -> dict[str, float]:
         """Greatest over mean, of all ranks: work of encoding and of the language model; and the slowest encoding."""

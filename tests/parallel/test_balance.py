@@ -12,6 +12,7 @@ import torch
 from launch import launch
 from rows import step_batches
 
+from keye_data.accounting import Skipped
 from keye_data.shards import build_shards
 from megatron_keye.config.load import load_recipe
 from megatron_keye.config.model import build_config
@@ -69,7 +70,8 @@ def exchanged(layout: dict) -> tuple[list[tuple[int, list[float]]], list[tuple[i
     cfg = build_config("keye_mini", vocab_size=256, image_token_id=254, video_token_id=255)
     batches = step_batches(cfg, groups, 0, rows=12, micro_batch=1)
     for i, batch in enumerate(batches):
-        batch.keys, batch.skipped = [f"{groups.data_rank}-{i}"], {"broken": i}
+        batch.keys = [f"{groups.data_rank}-{i}"]
+        batch.bad = [Skipped(batch.keys[0], "source", "broken", f"{i} is broken")]
     source = groups.rank == groups.block_source
     feed = BlockFeed(iter(batches) if source else None, groups, lambda b: step_flops(cfg, b))
     taken = feed.take(len(batches))
@@ -80,7 +82,7 @@ def digest(batch) -> list:
     names = ("input_ids", "targets", "position_ids", "key_start", "key_stop", "patches", "grid")
     tensors = [getattr(batch, name) for name in names]
     dots = [float((t.double().flatten() * torch.arange(1, t.numel() + 1)).sum()) for t in tensors]
-    return [*dots, *(str(t.dtype) + str(list(t.shape)) for t in tensors), batch.keys, batch.skipped]
+    return [*dots, *(str(t.dtype) + str(list(t.shape)) for t in tensors), batch.keys, batch.bad]
 
 
 def test_rows_change_blocks_whole():
