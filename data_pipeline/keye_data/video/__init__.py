@@ -11,7 +11,7 @@ matrix that the stream names (BT.601 where it names none); pixels count as squar
 
 from __future__ import annotations
 
-from .api import BACKENDS, Info, decode, probe
+from .api import BACKENDS, Info, decode, decode_chunks, probe
 from .container import MAX_BYTES, MAX_PIXELS, MAX_SIDE, DamagedVideo, Source, UnsupportedCodec
 from .packets import PacketTable, scan
 from .stored import Part, StoredClip, members
@@ -30,6 +30,7 @@ __all__ = [
     "StoredClip",
     "UnsupportedCodec",
     "decode",
+    "decode_chunks",
     "members",
     "probe",
     "scan",

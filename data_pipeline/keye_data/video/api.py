@@ -89,30 +89,53 @@ def decode(
     IndexError for an index out of range; UnsupportedCodec (a ValueError) for a codec the backend cannot do; DataError for a
     damaged clip.
     """
+    asked = np.array([operator.index(i) for i in indices], np.int64)
+    wanted, where = np.unique(asked, return_inverse=True)
+    frames, at = np.empty((0, *(size or (0, 0)), 3), np.uint8), 0
+    for chunk in decode_chunks(src, wanted, backend, size, device=device):
+        if at == 0:
+            frames = np.empty((len(wanted), *chunk.shape[1:]), np.uint8)
+        frames[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    if not len(wanted) and size is None:
+        info = probe(src)
+        return np.empty((0, info.height, info.width, 3), np.uint8)
+    return frames if len(wanted) == len(asked) and (np.diff(asked) > 0).all() else frames[where]
+
+
+def decode_chunks(
+    src: Source,
+    wanted: np.ndarray,
+    backend: str | None = None,
+    size: tuple[int, int] | None = None,
+    *,
+    device: str | None = None,
+) -> Iterator[np.ndarray]:
+    """The frames `wanted` (int64, ascending, no repeats) as uint8 [f, H, W, 3], f at most CHUNK; otherwise as `decode`.
+
+    Of frames at their own size no more than one chunk of CHUNK_BYTES is alive at a time.
+    """
     backend = backend or "pyav"
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     if size is not None:
         check_size(size[1], size[0], "size=(height, width)")
-    asked = np.array([operator.index(i) for i in indices], np.int64)
     table = scan(src)
     # The table alone is enough where it can be, so that no frame is decoded twice.
-    info = None if backend == "pyav" and table.exact and len(asked) else probe(src, table)
+    info = None if backend == "pyav" and table.exact and len(wanted) else probe(src, table)
     count = info.n_frames if info else len(table.frames)
-    outside = asked[(asked < 0) | (asked >= count)]
+    outside = wanted[(wanted < 0) | (wanted >= count)]
     if len(outside):
         raise IndexError(f"video {source_name(src)}: frame {outside[0]} asked for, it has 0..{count - 1}")
-    if info and not len(asked):
-        return np.empty((0, *(size or (info.height, info.width)), 3), np.uint8)
-    wanted, where = np.unique(asked, return_inverse=True)
+    if not len(wanted):
+        return
     if info is None or backend == "pyav":
-        frames = decode_with_pyav(src, table, wanted, size)
+        yield from decode_with_pyav(src, table, wanted, size)
     elif backend == "dali":
         from .with_dali import decode as decode_with_dali
 
-        frames = decode_with_dali(src, table, info, wanted, size, device)
+        yield from decode_with_dali(src, table, info, wanted, size, device)
     else:
         from .with_torchcodec import decode as decode_with_torchcodec
 
-        frames = decode_with_torchcodec(src, info, wanted, size)
-    return frames if len(wanted) == len(asked) and (np.diff(asked) > 0).all() else frames[where]
+        yield from decode_with_torchcodec(src, info, wanted, size)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import BinaryIO, Union
+from contextlib import ExitStack, contextmanager
+from typing import Any, BinaryIO, TypeAlias
 
 import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from keye_data.errors import DataError
+from keye_data.stretch import Stretch
 
-Source = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview]
+# A path, or the bytes of a container, also those that still lie in a shard.
+Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Stretch"
+IN_MEMORY = (bytes, bytearray, memoryview)
 
 MAX_BYTES = 64 << 30  # of one container
 MAX_SIDE = 16_384  # pixels, of a frame or picture
@@ -42,14 +45,23 @@ class Broken(Exception):
 
 
 def source_name(src: Source) -> str:
-    return f"{len(src)} bytes" if isinstance(src, (bytes, bytearray, memoryview)) else os.fspath(src)
+    if isinstance(src, Stretch):
+        return f"{src.size} bytes from {src.offset} on of {src.path}"
+    return f"{len(src)} bytes" if isinstance(src, IN_MEMORY) else os.fspath(src)
 
 
 def source_bytes(src: Source) -> bytes:
-    if isinstance(src, (bytes, bytearray, memoryview)):
+    if isinstance(src, IN_MEMORY):
         return bytes(src)
-    with open(src, "rb") as file:
+    with read_source(src) as file:
         return file.read()
+
+
+def read_source(src: Source) -> BinaryIO:
+    """An open file with the container's bytes."""
+    if isinstance(src, IN_MEMORY):
+        return io.BytesIO(src)
+    return src.open() if isinstance(src, Stretch) else open(src, "rb")
 
 
 def check_size(width: int, height: int, what: str) -> None:
@@ -67,16 +79,21 @@ def opened(src: Source, backend: str = "pyav") -> Iterator[tuple[InputContainer,
     """The container and its picture stream, closed afterwards. Every failure inside becomes a DataError naming `src`."""
     name = source_name(src)
     try:
-        size = len(src) if isinstance(src, (bytes, bytearray, memoryview)) else os.path.getsize(src)
+        size = len(src) if isinstance(src, (*IN_MEMORY, Stretch)) else os.path.getsize(src)
         if size == 0:
             raise DamagedVideo(f"video {name}: is empty")
         if size > MAX_BYTES:
             raise DataError(
                 f"video {name}: {size} bytes are more than the bound of {MAX_BYTES}; cut it into segments", "too large"
             )
-        # "file:" keeps a name with a colon in it from being taken for a network address.
-        target = io.BytesIO(src) if isinstance(src, (bytes, bytearray, memoryview)) else "file:" + os.fspath(src)
-        with av.open(target, "r", options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
+        options = {"format_whitelist": FORMATS}
+        with ExitStack() as stack:
+            # "file:" keeps a name with a colon in it from being taken for a network address.
+            if isinstance(src, (*IN_MEMORY, Stretch)):
+                target: Any = stack.enter_context(read_source(src))
+            else:
+                target = "file:" + os.fspath(src)
+            container = stack.enter_context(av.open(target, "r", options=options, metadata_errors="replace"))
             stream = next((s for s in container.streams.video if not s.disposition & s.disposition.attached_pic), None)
             if stream is None:
                 raise DamagedVideo(f"video {name}: holds no video stream")
@@ -109,7 +126,7 @@ def refuse_cut_short(src: Source) -> None:
 
 
 def _stated_end(src: Source) -> tuple[int, int]:
-    with _reader(src) as file:
+    with read_source(src) as file:
         total = file.seek(0, os.SEEK_END)
         file.seek(0)
         head = file.read(64)
@@ -122,10 +139,6 @@ def _stated_end(src: Source) -> tuple[int, int]:
         else:
             end = 0
     return end, total
-
-
-def _reader(src: Source) -> BinaryIO:
-    return io.BytesIO(src) if isinstance(src, (bytes, bytearray, memoryview)) else open(src, "rb")
 
 
 def _mp4_end(file: BinaryIO, total: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -12,6 +13,8 @@ from av.sidedata.sidedata import Type as SideData
 # How rows and columns map to the display: the signs of the display matrix (a, b, c, d) -> (transpose, flip rows, flip columns).
 Orientation = tuple[bool, bool, bool]
 UPRIGHT: Orientation = (False, False, False)
+CHUNK = 64  # frames decoded and resized before the next are begun
+CHUNK_BYTES = 256 << 20  # of such frames at their own size
 BT709 = 1  # as colour spaces are numbered in H.273
 
 
@@ -51,3 +54,10 @@ def resize(pixels: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     tensor = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(0, 3, 1, 2)
     tensor = torch.nn.functional.interpolate(tensor, size=tuple(size), mode="bicubic", antialias=True)
     return tensor.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def chunks(wanted: np.ndarray, height: int, width: int) -> Iterator[np.ndarray]:
+    """`wanted` in pieces of at most CHUNK frames that hold at most CHUNK_BYTES at their own size, or one frame."""
+    step = min(CHUNK, max(1, CHUNK_BYTES // (height * width * 3)))
+    for at in range(0, len(wanted), step):
+        yield wanted[at : at + step]

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from keye_data.errors import DataError
 from keye_data.stretch import Blob, content
 
 from .api import Info, probe
-from .container import Source, opened, source_bytes, source_name
+from .container import Source, opened, read_source, source_bytes, source_name
 from .packets import MAX_PACKETS, PacketTable, scan
 from .trim import FORMATS, remux, trim
 
@@ -99,7 +100,7 @@ class StoredClip:
     @cached_property
     def info(self) -> Info:
         """As video.probe tells it. DataError."""
-        return self.stored.info if self.stored else probe(content(self._member("")))
+        return self.stored.info if self.stored else probe(self._member(""))
 
     def parts(self, indices: Sequence[int] | np.ndarray) -> list[Part]:
         """Where the frames `indices` lie, in that order, one part for each stretch of them in one member. Reads no film."""
@@ -118,7 +119,7 @@ class StoredClip:
 
     def cut(self, indices: Sequence[int] | np.ndarray) -> list[tuple[bytes, list[int]]]:
         """`parts`, read and trimmed: containers, and the frames' indices in each."""
-        return [trim(content(part.data), part.frames) for part in self.parts(indices)]
+        return [trim(part.data, part.frames) for part in self.parts(indices)]
 
     def _member(self, suffix: str) -> Blob:
         name = f"{self.name}.{suffix}" if suffix else self.name
@@ -240,11 +241,9 @@ def _places(stored: StoredTable) -> tuple[np.ndarray, np.ndarray]:
 
 def _describe(src: Source) -> dict[str, Any]:
     """Media metadata, and the hash by which duplicates are found."""
-    if isinstance(src, (bytes, bytearray, memoryview)):
-        size, digest = len(src), hashlib.sha256(src)
-    else:
-        with open(src, "rb") as file:
-            digest, size = hashlib.file_digest(file, "sha256"), file.tell()
+    with read_source(src) as file:
+        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+        size = file.seek(0, os.SEEK_END)
     with opened(src) as (container, stream):
         return {
             "container": container.format.name,

@@ -6,6 +6,7 @@ fed GOP-trimmed bytes, chunk by chunk, and the rest is put right here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from .api import Info
 from .container import DamagedVideo, Source, UnsupportedCodec, source_name
-from .frames import resize, turn
+from .frames import chunks, resize, turn
 from .packets import PacketTable
 from .trim import trim
 
@@ -21,7 +22,6 @@ CODECS = {
     "cpu": {"vp8", "vp9", "mjpeg"},
     "gpu": {"vp8", "vp9", "mjpeg", "h264", "hevc", "mpeg4", "av1"},
 }
-CHUNK_BYTES = 256 << 20  # of frames at the clip's own size, alive at a time
 INSTALL = "install nvidia-dali-cuda130==2.4.0"
 
 # Rows of (red, blue) luma weights by the numbers of H.273; 2 is "not stated".
@@ -31,8 +31,8 @@ LUMA_601 = (0.299, 0.114)
 
 def decode(
     src: Source, table: PacketTable, info: Info, wanted: np.ndarray, size: tuple[int, int] | None, device: str | None
-) -> np.ndarray:
-    """uint8 [F, H, W, 3] of `wanted` (int64 [F], ascending, no repeats)."""
+) -> Iterator[np.ndarray]:
+    """uint8 [f, H, W, 3], a chunk at a time, of `wanted` (int64 [F], ascending, no repeats)."""
     device = device if device not in (None, "auto") else ("gpu" if torch.cuda.is_available() else "cpu")
     if device not in CODECS:
         raise ValueError(f"device {device!r} is none of cpu, gpu, auto")
@@ -41,15 +41,12 @@ def decode(
             f"video {source_name(src)}: backend dali on {device} cannot decode {info.codec} "
             f"(only {', '.join(sorted(CODECS[device]))}); use backend pyav or re-encode"
         )
-    per_chunk = max(1, CHUNK_BYTES // (info.width * info.height * 3))
-    out = []
-    for at in range(0, len(wanted), per_chunk):
-        data, indices = trim(src, wanted[at : at + per_chunk], table)
+    for chunk in chunks(wanted, info.height, info.width):
+        data, indices = trim(src, chunk, table)
         frames = _decode(data, indices, device, source_name(src))
         if info.colorspace in LUMA:
             frames = recolour(frames, from_601_to(info.colorspace))
-        out.append(resize(turn(frames, info.orientation), size))
-    return np.concatenate(out)
+        yield resize(turn(frames, info.orientation), size)
 
 
 def _decode(data: bytes, indices: list[int], device: str, name: str) -> np.ndarray:

@@ -10,28 +10,28 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from .container import Broken, Source, check_size, opened, source_name
-from .frames import orientation, resize, rgb, turn
+from .frames import CHUNK, orientation, resize, rgb, turn
 from .packets import PacketTable, demux
 from .reading import read
 
 
-def decode(
-    src: Source, table: PacketTable, wanted: np.ndarray, size: tuple[int, int] | None, out: np.ndarray | None = None
-) -> np.ndarray:
-    """uint8 [F, H, W, 3] of `wanted` (int64 [F], ascending, no repeats). One native frame is alive at a time."""
+def decode(src: Source, table: PacketTable, wanted: np.ndarray, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
+    """uint8 [f, H, W, 3], f <= CHUNK, of `wanted` (int64 [F], ascending, no repeats). One native frame is alive at a time."""
+    done: list[np.ndarray] = []
     with opened(src) as (container, stream):
-        for place, frame in wanted_frames(container, stream, table, wanted):
+        for at, (place, frame) in enumerate(wanted_frames(container, stream, table, wanted)):
             if frame.is_corrupt:
                 raise Broken(f"frame {wanted[place]} is damaged")
+            if place != at:
+                raise Broken(f"frame {wanted[place]} comes before frame {wanted[at]}")
             check_size(frame.width, frame.height, f"video {source_name(src)}")
             pixels = turn(rgb(frame), orientation(frame))[None]
             if size is None:  # what the first frame measures, should the stream change its size later
                 size = pixels.shape[1:3]
-            if out is None:
-                out = np.empty((len(wanted), *size, 3), np.uint8)
-            out[place] = resize(pixels, size)[0]
-    assert out is not None
-    return out
+            done.append(resize(pixels, size))
+            if len(done) == CHUNK or at + 1 == len(wanted):
+                yield np.concatenate(done)
+                done.clear()
 
 
 def wanted_frames(

@@ -109,9 +109,9 @@ def test_memory_of_a_decode_is_one_native_frame_beyond_the_result(clip):
 
 
 def test_dali_decodes_in_chunks(clip, numbers, monkeypatch):
-    from keye_data.video import with_dali
+    from keye_data.video import frames
 
-    monkeypatch.setattr(with_dali, "CHUNK_BYTES", 64 * 64 * 3 * 7)
+    monkeypatch.setattr(frames, "CHUNK_BYTES", 64 * 64 * 3 * 7)
     data = clip("libvpx-vp9", "webm")
     wanted = [39, *range(30), 2, 2]
     assert numbers(video.decode(data, wanted, "dali", device="cpu")) == wanted
