@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks import fill, lengths
 from keye_data.packing import best_fit, collate
 from keye_data.sample import IGNORE, EncodedSample, Media
 
@@ -39,6 +40,26 @@ def test_best_fit_uses_every_sample_once_and_fills_rows():
         # no two rows could have been one
         assert len(totals) < 2 or sum(sorted(totals)[:2]) > capacity
         assert rows == best_fit(lengths, capacity)
+
+
+def test_the_default_buffer_fills_rows():
+    sizes = lengths.read()
+    assert len(sizes) == 10_000 and max(sizes) <= lengths.ROW
+    assert sizes == lengths.generate()  # the committed list is the documented one
+    found = fill.measure(sizes)
+    assert found["share_above_an_eighth"] >= 0.5  # small samples alone would make it easy
+    assert found["fill_with_default"] >= fill.TARGET
+    assert found["fill"]["16"] < fill.TARGET < found["fill"]["512"]  # the figure follows the buffer
+
+
+def test_the_packing_benchmark_refuses_a_wrong_packing():
+    sizes = [3, 7, 4, 5]
+    fill.gate([[0, 1], [2, 3]], sizes, 10)
+    for rows in ([[0, 1], [2]], [[0, 1], [2, 3], [3]]):
+        with pytest.raises(ValueError, match="lost or repeated"):
+            fill.gate(rows, sizes, 10)
+    with pytest.raises(ValueError, match="more than 10"):
+        fill.gate([[0], [1, 2], [3]], sizes, 10)
 
 
 def test_collate_keeps_documents_apart():

@@ -1,0 +1,53 @@
+"""How full rows are: the packer and the default buffer of the `data` section on the committed list of lengths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import lengths
+from keye_data.packing import best_fit
+from keye_data.settings import DataConfig
+
+BUFFERS = (16, 32, 64, 128, 256, 512)
+TARGET = 0.97
+
+
+def packed(sizes: Sequence[int], row: int, buffer: int) -> list[list[int]]:
+    """Rows of indices into `sizes`, packed as the loader does: a buffer is filled, packed whole, and filled anew."""
+    rows: list[list[int]] = []
+    for at in range(0, len(sizes), buffer):
+        rows += [[at + i for i in group] for group in best_fit(sizes[at : at + buffer], row)]
+    return rows
+
+
+def gate(rows: list[list[int]], sizes: Sequence[int], row: int) -> None:
+    """ValueError unless every sample is in exactly one row and no row is overfull."""
+    if sorted(i for group in rows for i in group) != list(range(len(sizes))):
+        raise ValueError("packing lost or repeated a sample")
+    if worst := [group for group in rows if sum(sizes[i] for i in group) > row]:
+        raise ValueError(f"a row holds more than {row} tokens: samples {worst[0]}")
+
+
+def measure(sizes: Sequence[int] | None = None, row: int = lengths.ROW) -> dict[str, Any]:
+    """The share of tokens that are no padding: with the default buffer, and beside it with others."""
+    sizes = lengths.read() if sizes is None else sizes
+    default = DataConfig().packing_buffer
+    fills, seconds = {}, 0.0
+    for buffer in sorted({*BUFFERS, default}):
+        begin = time.process_time()
+        rows = packed(sizes, row, buffer)
+        if buffer == default:
+            seconds = time.process_time() - begin
+        gate(rows, sizes, row)
+        fills[buffer] = sum(sizes) / (len(rows) * row)
+    return {
+        "settings": {"row": row, "lengths": len(sizes), "default_buffer": default},
+        "share_above_an_eighth": sum(8 * size > row for size in sizes) / len(sizes),
+        "mean_length": sum(sizes) / len(sizes),
+        "fill": {str(buffer): fill for buffer, fill in fills.items()},
+        "fill_with_default": fills[default],
+        "microseconds_a_sample": 1e6 * seconds / len(sizes),
+        "target": TARGET,
+    }
