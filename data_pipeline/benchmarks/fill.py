@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import lengths
-from keye_data.packing import best_fit
+from keye_data.packing import best_fit, rows_to_send
 from keye_data.settings import DataConfig
 
 BUFFERS = (16, 32, 64, 128, 256, 512)
@@ -15,10 +15,20 @@ TARGET = 0.97
 
 
 def packed(sizes: Sequence[int], row: int, buffer: int) -> list[list[int]]:
-    """Rows of indices into `sizes`, packed as the loader does: a buffer is filled, packed whole, and filled anew."""
+    """Rows of indices into `sizes` as the loader makes them: the buffer is filled and packed, what can wait stays in it."""
     rows: list[list[int]] = []
-    for at in range(0, len(sizes), buffer):
-        rows += [[at + i for i in group] for group in best_fit(sizes[at : at + buffer], row)]
+    waiting: list[int] = []
+    at = 0
+    while at < len(sizes) or waiting:
+        more = range(at, min(at + buffer - len(waiting), len(sizes)))
+        at, held = more.stop, [*waiting, *more]
+        lengths_held = [sizes[i] for i in held]
+        groups = best_fit(lengths_held, row)
+        if at < len(sizes):
+            groups = rows_to_send(groups, lengths_held, row)
+        sent = {i for group in groups for i in group}
+        waiting = [held[i] for i in range(len(held)) if i not in sent]
+        rows += [[held[i] for i in group] for group in groups]
     return rows
 
 
