@@ -23,9 +23,17 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe at `path` with `a.b=c` overrides and at most one `profile=NAME`. Raises UserError; see `validate` for values."""
     path = Path(path)
+    data = layered(Recipe, path, overrides)
+    model = data.get("model", {})
+    data = merge(data, {"model": {**preset_values(str(model.get("preset", ModelConfig.preset))), **model}})
+    return schema.instance(Recipe, schema.typed(Recipe, data, str(path)), str(path))
+
+
+def layered(cls: type, path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the file at `path`, its chosen profile and the overrides set of the schema `cls`, defaults left out. Raises UserError."""
     data, profiles = _read(path)
-    data = schema.conform(Recipe, data, str(path))
-    profiles = {name: schema.conform(Recipe, block, f"{path}, profile '{name}'") for name, block in profiles.items()}
+    data = schema.conform(cls, data, str(path))
+    profiles = {name: schema.conform(cls, block, f"{path}, profile '{name}'") for name, block in profiles.items()}
 
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("profile=")]
     if len(chosen) > 1:
@@ -36,11 +44,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         data = merge(data, profiles[name])
     for text in overrides:
         if not text.startswith("profile="):
-            data = schema.conform(Recipe, apply_override(Recipe, data, text), f"override '{text}'")
-
-    model = data.get("model", {})
-    data = merge(data, {"model": {**preset_values(str(model.get("preset", ModelConfig.preset))), **model}})
-    return schema.instance(Recipe, schema.typed(Recipe, data, str(path)), str(path))
+            data = schema.conform(cls, apply_override(cls, data, text), f"override '{text}'")
+    return data
 
 
 def recipe_yaml(recipe: Recipe) -> str:
