@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from functools import cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from megatron.energon import Cooker, CrudeWebdataset, DefaultTaskEncoder, Sample, SkipSample, WorkerConfig, stateless
@@ -23,12 +23,15 @@ from megatron.energon.wrappers import PackingDataset
 from torch.utils.data import get_worker_info
 
 from keye_data.accounting import Skipped
+from keye_data.carry import carry
 from keye_data.conversation import MALFORMED
 from keye_data.errors import DataError
+from keye_data.members import find_members
 from keye_data.one_epoch import Once, ThenRest
 from keye_data.packing import PackedRows, best_fit, collate, rows_to_send
 from keye_data.processor import Processor
 from keye_data.sample import EncodedSample
+from keye_data.stretch import Stretch
 
 log = logging.getLogger(__name__)
 SIGTERM_GRACE = 30  # seconds, as long as torchrun gives a rank
@@ -39,7 +42,7 @@ READ = "read"  # the one member of a sample that has not been read yet: the func
 class CookedSample(Sample):
     """A sample that can be read from its shard."""
 
-    read: Callable[[], tuple[str, dict[str, bytes]]]  # -> shard and key, members
+    read: Callable[[], tuple[str, dict[str, Stretch]]]  # -> shard and key, members
     source: str
 
 
@@ -82,7 +85,7 @@ class ShardFolder(CrudeWebdataset):
 
 
 class _LazyReader:
-    """Samples by index, read only when they are encoded: shuffle buffers hold pointers, not films."""
+    """Samples by index, read only when they are encoded, and then without their films: buffers hold pointers."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -101,17 +104,12 @@ class _LazyReader:
             **{READ: partial(self._read, index)},
         )
 
-    def _read(self, index: int) -> tuple[str, dict[str, bytes]]:
-        """(shard and key, members). DataError for what a cut or overwritten tar no longer holds."""
-        try:
-            sample = self.reader[index]
-        except (
-            Exception
-        ) as error:  # tarfile raises its own errors, and KeyError, ValueError, OSError on damaged headers
-            self.reader.close()  # no half-read handle is used again
-            raise DataError(f"{type(error).__name__}: {error}", "unreadable shard") from error
-        members = {name: data for name, data in sample.items() if not name.startswith("__")}
-        return f"{sample['__shard__']}/{sample['__key__']}", members
+    def _read(self, index: int) -> tuple[str, dict[str, Stretch]]:
+        """(shard and key, where the members lie). DataError for what a cut or overwritten tar no longer holds."""
+        pointer = self.reader._get_itar_sample_pointer(index)
+        path = str(self.reader.tar_filepaths[pointer.tar_file_id])
+        key, members = find_members(path, pointer.byte_offset, pointer.byte_size)
+        return f"{self.reader.tar_filenames[pointer.tar_file_id]}/{key}", members
 
     def _shard(self, index: int) -> str:
         return self.reader.tar_filenames[self.reader._get_itar_sample_pointer(index).tar_file_id]
@@ -225,6 +223,7 @@ class Encoder(DefaultTaskEncoder):
         rows = collate(
             [item.samples for item in samples], self.settings.seq_length, self.processor.tokenizer.pad_token_id
         )
+        carry(rows.documents)
         skipped, self.skipped = self.skipped, []
         return WorkerBatch(__key__=key, __restore_key__=(), rows=rows, skipped=skipped)
 
@@ -254,21 +253,21 @@ def _names(sample: Any, sources: Iterable[SourceInfo]) -> list[tuple[str, str]]:
     return [(f"{one.dataset_path}/{one.shard_name}/sample {one.index}", str(one.dataset_path)) for one in sources]
 
 
-def _read(sample: CookedSample, name: str) -> tuple[str, dict[str, bytes]]:
+def _read(sample: CookedSample, name: str) -> tuple[str, dict[str, Stretch]]:
     try:
         key, members = sample.read()
     except DataError as error:
         raise DataError(f"{name}: {error}", error.reason) from error
-    if key.startswith("/") or ".." in PurePosixPath(key).parts:
-        raise DataError(f"{sample.source}/{key}: a member's name leads out of the shard", "unsafe name")
     return f"{sample.source}/{key}", members
 
 
-def _conversation(members: dict[str, bytes], name: str) -> dict[str, Any]:
+def _conversation(members: dict[str, Stretch], name: str) -> dict[str, Any]:
     try:
-        conversation = json.loads(members["json"])
+        conversation = json.loads(members["json"].read())
     except KeyError as error:
         raise DataError(f"{name}: it has no .json member", MALFORMED) from error
+    except DataError as error:
+        raise DataError(f"{name}: {error}", error.reason) from error
     except ValueError as error:
         raise DataError(f"{name}: its .json member is not JSON: {error}", MALFORMED) from error
     if not isinstance(conversation, dict):

@@ -9,7 +9,7 @@ start and end tokens, are not: our default. Shapes: L tokens, P patches, N pictu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,9 +27,10 @@ from keye_data.images import decode_image
 from keye_data.positions import mrope_positions
 from keye_data.sample import IGNORE, EncodedSample, Media, pixel_values
 from keye_data.settings import DataConfig
+from keye_data.stretch import UNREADABLE, Blob, content
 from keye_data.thinking import with_thinking
 from keye_data.tokenizer import ENDOFTEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
-from keye_data.video import UnsupportedCodec, decode, probe, trim
+from keye_data.video import Part, StoredClip, UnsupportedCodec, decode_chunks
 
 PATCH = FACTOR // 2
 PLACEHOLDER = re.compile(r"<\|vision_start\|>(<\|image_pad\|>|<\|video_pad\|>)<\|vision_end\|>")
@@ -70,10 +71,11 @@ class Processor:
 
     # ---- tokens
 
-    def encode(self, conversation: dict[str, Any], media: dict[str, bytes], key: str, source: str) -> EncodedSample:
-        """One training sample, its clips trimmed to the packets needed.
+    def encode(self, conversation: dict[str, Any], media: Mapping[str, Blob], key: str, source: str) -> EncodedSample:
+        """One training sample. Of its clips no more is read than their packet tables, where `media` holds those.
 
-        `conversation` is {"messages": [...]} or {"text": ...}; `media` maps the names used in it to encoded files.
+        `conversation` is {"messages": [...]} or {"text": ...}; `media` maps the names used in it to encoded files, or to
+        members of a shard as `StoredClip` takes them.
         Raises DataError naming `key`: malformed, broken media, nothing to learn, longer than seq_length.
         """
         if "text" in conversation:
@@ -94,7 +96,7 @@ class Processor:
     def prompt(
         self,
         messages: list[dict[str, Any]],
-        media: dict[str, bytes] | None = None,
+        media: Mapping[str, Blob] | None = None,
         *,
         reserve: int = 0,
         add_generation_prompt: bool = True,
@@ -144,21 +146,35 @@ class Processor:
     # ---- pixels
 
     def pixels(self, media: Media) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decodes and resizes: uint8 [P, 3, 14, 14] in raster order inside a frame, and int64 grid [N, 2] in patches."""
+        """Decodes and resizes: uint8 [P, 3, 14, 14] in raster order inside a frame, and int64 grid [N, 2] in patches.
+
+        Part by part and chunk by chunk: of the film and of frames at their own size little is in memory at a time.
+        """
+        grid = media_grid(media)
+        patches = torch.empty(int(grid.prod(1).sum()), 3, PATCH, PATCH, dtype=torch.uint8)
+        at = 0
         with _broken(media.kind, f"a {media.kind}", decoding=True):
+            for frames in self._frames(media):
+                if frames.shape[1:] != (*media.size, 3):
+                    raise DataError(f"decoded to {list(frames.shape[1:])}, not {[*media.size, 3]}")
+                tiles = _tiles(torch.as_tensor(frames))
+                if at + len(tiles) > len(patches):
+                    raise DataError(f"gives more than its {len(grid)} frames")
+                patches[at : at + len(tiles)] = tiles
+                at += len(tiles)
+            if at != len(patches):
+                raise DataError(f"gives fewer than its {len(grid)} frames")
+        return patches, grid
+
+    def _frames(self, media: Media) -> Iterator[np.ndarray]:
+        """uint8 [f, H, W, 3], in chunks."""
+        how = self.settings.video
+        for part in media.parts:
             if media.kind == "image":
-                frames = torch.as_tensor(decode_image(media.data, size=media.size))[None]
-            else:
-                how = self.settings.video
-                device = None if how.device == "auto" else how.device
-                frames = torch.as_tensor(
-                    decode(media.data, media.frames, backend=how.backend, size=media.size, device=device)
-                )
-        (height, width), grid = media.size, media_grid(media)
-        if tuple(frames.shape) != (len(grid), height, width, 3):
-            raise DataError(f"a {media.kind}: decoded to {list(frames.shape)}, not {[len(grid), height, width, 3]}")
-        tiles = frames.reshape(len(grid), height // PATCH, PATCH, width // PATCH, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
-        return tiles.reshape(-1, 3, PATCH, PATCH), grid
+                yield decode_image(content(part.data), size=media.size)[None]
+                continue
+            device = None if how.device == "auto" else how.device
+            yield from decode_chunks(part.data, np.asarray(part.frames), how.backend, media.size, device=device)
 
     @staticmethod
     def normalise(patches: torch.Tensor) -> torch.Tensor:
@@ -174,7 +190,7 @@ class Processor:
     def _pieces(
         self,
         conversation: dict[str, Any],
-        media: dict[str, bytes],
+        media: Mapping[str, Blob],
         key: str,
         *,
         add_generation_prompt: bool,
@@ -193,7 +209,7 @@ class Processor:
         self,
         rendered: str,
         names: list[tuple[str, str]],
-        media: dict[str, bytes],
+        media: Mapping[str, Blob],
         key: str,
         spans: Sequence[tuple[int, int]] = (),
         reserve: int = 0,
@@ -226,7 +242,7 @@ class Processor:
             pieces.append(piece)
         room = self.settings.seq_length - reserve - sum(len(piece.ids) for piece in pieces)
         for piece, name in clips:
-            self._clip(piece, media[name], f"{key}: {name}", room // len(clips), len(clips))
+            self._clip(piece, StoredClip(media, name), f"{key}: {name}", room // len(clips), len(clips))
         return pieces
 
     def _render(self, conversation: dict[str, Any], key: str, prompt: bool) -> tuple[str, list[dict[str, Any]]]:
@@ -242,18 +258,20 @@ class Processor:
         text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
         return text, messages
 
-    def _picture(self, piece: _Piece, data: bytes, name: str) -> None:
+    def _picture(self, piece: _Piece, data: Blob, name: str) -> None:
         with _broken("image", name):
-            height, width, _ = decode_image(data).shape  # decoded here too: a broken one is skipped, not masked
+            height, width, _ = decode_image(
+                content(data)
+            ).shape  # decoded here too: a broken one is skipped, not masked
             size = smart_resize(height, width, self.settings.image.min_tokens, self.settings.image.max_tokens)
-        piece.media = Media("image", data, [0], size)
+        piece.media = Media("image", [Part(data, [0])], size)
         piece.ids = [self.start_id, *[self.image_token_id] * tokens_of(size), self.end_id]
 
-    def _clip(self, piece: _Piece, data: bytes, name: str, room: int, clips: int) -> None:
+    def _clip(self, piece: _Piece, clip: StoredClip, name: str, room: int, clips: int) -> None:
         """Plans the frames of one of `clips` clips, which has `room` tokens of the sequence for itself."""
         limits = self.settings.video
         with _broken("video", name):
-            info = probe(data)
+            info = clip.info
             marker = len(self.tokenizer.encode(self.timestamp(info.duration), add_special_tokens=False)) + 2
             budget = video_budget(info.duration, limits, clips)
             try:
@@ -269,8 +287,8 @@ class Processor:
                 )
             except TooSmallBudget as error:
                 raise DataError(f"{name}: {error} of seq_length {self.settings.seq_length}", "too long") from error
-            trimmed, frames = trim(data, plan.indices)
-        piece.media = Media("video", trimmed, [int(i) for i in frames], plan.size)
+            parts = clip.parts(plan.indices)
+        piece.media = Media("video", parts, plan.size)
         pads = [self.start_id, *[self.video_token_id] * tokens_of(plan.size), self.end_id]
         for index in plan.indices:
             piece.ids += self.tokenizer.encode(self.timestamp(float(info.timestamps[index])), add_special_tokens=False)
@@ -307,7 +325,14 @@ class Processor:
 
 def media_grid(media: Media) -> torch.Tensor:
     """int64 [N, 2]: patches down and across, one row per picture or frame."""
-    return torch.tensor([[media.size[0] // PATCH, media.size[1] // PATCH]]).repeat(len(media.frames), 1)
+    return torch.tensor([[media.size[0] // PATCH, media.size[1] // PATCH]]).repeat(media.n_frames, 1)
+
+
+def _tiles(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 [f, H, W, 3] -> [f x H/14 x W/14, 3, 14, 14]."""
+    count, height, width, _ = frames.shape
+    tiles = frames.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
+    return tiles.reshape(-1, 3, PATCH, PATCH)
 
 
 @contextmanager
@@ -322,6 +347,8 @@ def _broken(kind: str, name: str, decoding: bool = False) -> Iterator[None]:
     except DataError as error:
         if error.reason == "too long":
             raise
+        if error.reason in (UNREADABLE, "missing media"):  # not the file's fault, but its shard's
+            raise DataError(f"{name}: {error}", error.reason) from error
         raise DataError(f"{name}: {error}", BROKEN[kind]) from error
     except (ValueError, IndexError, OSError, RuntimeError, EOFError) as error:
         raise DataError(f"{name}: {type(error).__name__}: {error}", BROKEN[kind]) from error

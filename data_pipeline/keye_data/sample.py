@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from keye_data.accounting import Skipped
+from keye_data.video import Part
 
 IGNORE = -100
 
@@ -26,9 +27,12 @@ class Media:
     """One picture, or the chosen frames of one clip, still encoded."""
 
     kind: str  # "image" | "video"
-    data: bytes
-    frames: list[int]  # indices into `data`; [0] for a picture
+    parts: list[Part]  # where its frames lie, in the order of their tokens; a picture has one part with frame 0
     size: tuple[int, int]  # (height, width) in pixels to resize to, multiples of 28
+
+    @property
+    def n_frames(self) -> int:
+        return sum(len(part.frames) for part in self.parts)
 
     @property
     def tokens_per_frame(self) -> int:

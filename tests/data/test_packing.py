@@ -8,6 +8,7 @@ import pytest
 from benchmarks import fill, lengths
 from keye_data.packing import best_fit, collate
 from keye_data.sample import IGNORE, EncodedSample, Media
+from keye_data.video import Part
 
 PAD = 7
 
@@ -15,7 +16,7 @@ PAD = 7
 def sample(key: str, length: int, rng: np.random.Generator) -> EncodedSample:
     ids = rng.integers(100, 1000, length)
     labels = np.where(rng.random(length) < 0.5, ids, IGNORE)
-    media = [Media("image", key.encode(), [0], (28, 28))]
+    media = [Media("image", [Part(key.encode(), [0])], (28, 28))]
     return EncodedSample(key, "source", ids, labels, rng.integers(0, 50, (3, length)), media)
 
 
