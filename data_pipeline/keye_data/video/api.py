@@ -138,4 +138,4 @@ def decode_chunks(
     else:
         from .with_torchcodec import decode as decode_with_torchcodec
 
-        yield from decode_with_torchcodec(src, info, wanted, size)
+        yield from decode_with_torchcodec(src, table, info, wanted, size)

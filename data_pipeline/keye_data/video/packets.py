@@ -62,15 +62,18 @@ def scan(src: Source) -> PacketTable:
 
 
 def scan_open(container: InputContainer, stream: VideoStream, name: str) -> PacketTable:
-    codec = stream.codec_context.name
+    codec = codec_name(stream)
     rows: list[tuple[int, int, int, int, bool, bool, bool]] = []
     timed = not TIMED_FORMATS.isdisjoint(container.format.name.split(","))
     is_random_access = _random_access(codec, stream.codec_context.extradata)
-    damaged = 0
+    is_hidden = _never_shown(codec, stream.codec_context.extradata)
+    damaged, dts = 0, None
     for packet in demux(container, stream):
-        timed &= packet.pts is not None
+        # An edit list that plays a part twice goes back in time: nothing can be sought or cut there.
+        timed &= packet.pts is not None and (dts is None or packet.dts is None or packet.dts > dts)
+        dts = dts if packet.dts is None else packet.dts
         damaged += packet.is_corrupt
-        hidden = codec == "vp8" and packet.size > 0 and not bytes(packet)[0] & 16
+        hidden = is_hidden(packet)
         sync = packet.is_keyframe and is_random_access(packet)
         pos = -1 if packet.pos is None else packet.pos
         rows.append((packet.pts or 0, packet.size, packet.duration or 0, pos, sync, hidden, packet.is_discard))
@@ -78,9 +81,10 @@ def scan_open(container: InputContainer, stream: VideoStream, name: str) -> Pack
             raise DataError(f"video {name}: more than {MAX_PACKETS} packets; cut it into segments", "too large")
     if not rows:
         raise DamagedVideo(f"video {name}: holds no frames")
-    if damaged or len(rows) < stream.frames:
+    stated = _stated_packets(container, stream)
+    if damaged or len(rows) < stated:
         raise DamagedVideo(
-            f"video {name}: is damaged or cut short: {len(rows) - damaged} of {stream.frames} packets can be read"
+            f"video {name}: is damaged or cut short: {len(rows) - damaged} of {stated} packets can be read"
         )
     columns = list(zip(*rows))
     pts, size, duration, places = (np.array(column, np.int64) for column in columns[:4])
@@ -93,15 +97,55 @@ def scan_open(container: InputContainer, stream: VideoStream, name: str) -> Pack
     return PacketTable(pts, size, sync_, hidden_, discard, duration, places, time_base, codec, exact)
 
 
+def codec_name(stream: VideoStream) -> str:
+    """h264, hevc, av1, ...: the codec's own name, whichever library decodes it here."""
+    return stream.codec_context.codec.canonical_name
+
+
+def _stated_packets(container: InputContainer, stream: VideoStream) -> int:
+    """How many packets the container's index promises; 0 where it has none. What an edit list leaves out is not in it."""
+    if container.format.name.startswith("mov") and len(stream.index_entries):
+        return min(stream.frames, len(stream.index_entries))
+    return stream.frames
+
+
+def _never_shown(codec: str, extradata: bytes | None) -> Callable[[Packet], bool]:
+    """Says of each packet in turn whether it is decoded and not shown.
+
+    VP8 says so itself. HEVC's leading pictures behind a broken link (a cut in an open group) lack their references, and
+    decoders drop them.
+    """
+    if codec == "vp8":
+        return lambda packet: packet.size > 0 and not bytes(packet)[0] & 16
+    if codec != "hevc":
+        return lambda packet: False
+    prefix = _prefix(codec, extradata)
+    broken = False
+
+    def hidden(packet: Packet) -> bool:
+        nonlocal broken
+        kind = next((kind for head in _unit_heads(bytes(packet), prefix) if (kind := (head >> 1) & 63) < 32), 32)
+        if 16 <= kind <= 23:
+            broken = kind <= 18
+        return broken and kind in (8, 9)
+
+    return hidden
+
+
+def _prefix(codec: str, extradata: bytes | None) -> int:
+    """Bytes of the length before each NAL unit; 0: start codes."""
+    extra = extradata or b""
+    if extra[:1] != b"\x01":
+        return 0
+    at = 4 if codec == "h264" else 21
+    return (extra[at] & 3) + 1 if len(extra) > at else 4
+
+
 def _random_access(codec: str, extradata: bytes | None) -> Callable[[Packet], bool]:
     """Says of a key packet whether decoding can really start there: H.264 and HEVC mark pictures that are no clean start."""
     if codec not in ("h264", "hevc"):
         return lambda packet: True
-    extra = extradata or b""
-    prefix = 0  # bytes of a length prefix; 0: start codes
-    if extra[:1] == b"\x01":
-        at = 4 if codec == "h264" else 21
-        prefix = (extra[at] & 3) + 1 if len(extra) > at else 4
+    prefix = _prefix(codec, extradata)
 
     def clean(packet: Packet) -> bool:
         for head in _unit_heads(bytes(packet), prefix):

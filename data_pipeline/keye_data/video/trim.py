@@ -20,7 +20,7 @@ FORMATS = {"h264": "mp4", "hevc": "mp4", "mpeg4": "mp4", "av1": "mp4", "vp8": "w
 
 
 def trim(src: Source, indices: Sequence[int] | np.ndarray, table: PacketTable | None = None) -> tuple[bytes, list[int]]:
-    """A container with the packets that `indices` need, and the same frames' indices in it.
+    """A container with nothing but the packets that `indices` need, and the same frames' indices in it.
 
     Exact or not at all: a clip whose packets carry no reliable times comes back whole. `table` saves a scan.
     IndexError for an index out of range, DataError for a damaged clip.
@@ -35,7 +35,7 @@ def trim(src: Source, indices: Sequence[int] | np.ndarray, table: PacketTable | 
         raise IndexError(f"video {source_name(src)}: frame {outside[0]} asked for, it has 0..{len(frames) - 1}")
     packets = frames[wanted]
     keep = table.needed(packets)
-    if not len(wanted) or (keep.all() and not table.discard.any()):
+    if not len(wanted):
         return source_bytes(src), wanted.tolist()
     # What an edit list hid is shown in the new container, which has none: it counts there.
     shown = np.sort(table.pts[keep & ~table.hidden])
@@ -50,7 +50,7 @@ def remux(src: Source, table: PacketTable, keep: np.ndarray) -> bytes:
         codec = table.codec
         # Matroska would write random identifiers.
         with av.open(target, "w", format=FORMATS.get(codec, "matroska"), options={"fflags": "+bitexact"}) as out:
-            copy = out.add_stream_from_template(stream)
+            copy = out.add_stream_from_template(stream, opaque=True)  # no encoder is needed, and there may be none
             for item in read(source, stream, table, keep):
                 if item is None:
                     continue

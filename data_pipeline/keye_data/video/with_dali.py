@@ -12,8 +12,10 @@ from functools import cache
 import numpy as np
 import torch
 
+from keye_data.errors import DataError
+
 from .api import Info
-from .container import DamagedVideo, Source, UnsupportedCodec, source_name
+from .container import DamagedVideo, Source, UnsupportedCodec, opened, source_name
 from .frames import chunks, resize, turn
 from .packets import PacketTable
 from .trim import trim
@@ -41,15 +43,32 @@ def decode(
             f"video {source_name(src)}: backend dali on {device} cannot decode {info.codec} "
             f"(only {', '.join(sorted(CODECS[device]))}); use backend pyav or re-encode"
         )
+    if not table.exact:
+        _refuse_uncertain(src, table, info)
     for chunk in chunks(wanted, info.height, info.width):
         data, indices = trim(src, chunk, table)
-        frames = _decode(data, indices, device, source_name(src))
+        frames = _decode(
+            data, indices, device, f"video {source_name(src)}: backend dali cannot decode this {info.codec} clip"
+        )
         if info.colorspace in LUMA:
             frames = recolour(frames, from_601_to(info.colorspace))
         yield resize(turn(frames, info.orientation), size)
 
 
-def _decode(data: bytes, indices: list[int], device: str, name: str) -> np.ndarray:
+def _refuse_uncertain(src: Source, table: PacketTable, info: Info) -> None:
+    """A clip without reliable times reaches DALI whole, which counts frames its own way: refused unless that is ours."""
+    with opened(src) as (container, _):
+        alone = len(container.streams.video) == 1
+    in_order = info.codec not in ("h264", "hevc", "mpeg4") and len(table.frames) == info.n_frames
+    if not alone or not in_order or table.discard.any():
+        raise DataError(
+            f"video {source_name(src)}: backend dali cannot find the frames of this {info.codec} clip: "
+            "its packets carry no reliable times; use backend pyav, or remux it to mp4 or webm",
+            "no reliable times",
+        )
+
+
+def _decode(data: bytes, indices: list[int], device: str, refusal: str) -> np.ndarray:
     """uint8 [F, H, W, 3] as DALI sees it."""
     ndd = _dali()
     try:
@@ -61,7 +80,7 @@ def _decode(data: bytes, indices: list[int], device: str, name: str) -> np.ndarr
     except RuntimeError as error:
         cause = str(error.__cause__ or error).strip().splitlines()
         said = next((line for line in cause if "rror" in line and "[" not in line[:1]), cause[-1] if cause else "")
-        raise DamagedVideo(f"video {name}: dali cannot decode it ({said.strip()})") from error
+        raise DamagedVideo(f"{refusal} ({said.strip()})") from error
 
 
 @cache

@@ -44,8 +44,9 @@ def wanted_frames(
         packets = table.frames[wanted]
         places = {int(pts): i for i, pts in enumerate(table.pts[packets])}
         found = (
-            (places.pop(f.pts if f.pts is not None else -1, None), f)
+            (places.pop(f.pts, None), f)
             for f in _runs_decoded(container, stream, table, table.needed(packets))
+            if f.pts is not None
         )
     else:
         places = {int(index): i for i, index in enumerate(wanted)}

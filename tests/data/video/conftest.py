@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder's own log: errors only
+
 import struct
 import tempfile
 from collections.abc import Callable, Sequence
