@@ -22,7 +22,8 @@ def command(
         f"run_dir={run_dir}",
         f"data.tokenizer={tiktoken}",
         f"data.sources=[{{path: {shards}, weight: 1.0}}]",
-        *("training.init_from=null", "data.seq_length=256", "logging.wandb=off", "optimizer.warmup_steps=0"),
+        *("training.init_from=null", "data.seq_length=256", "data.long_short_ratio=null"),
+        *("logging.wandb=off", "optimizer.warmup_steps=0"),
         *("optimizer.schedule=constant", "optimizer.decay_steps=null"),
         *overrides,
     ]

@@ -44,7 +44,13 @@ def test_what_is_published_is_what_the_recipe_says(name):
 @BY_NAME
 @pytest.mark.parametrize("overrides", [[], ["profile=mini"]], ids=str)
 def test_shares_of_the_sources_add_up(path, overrides):
-    assert sum(source.weight for source in load_recipe(path, overrides).data.sources) == pytest.approx(1)
+    """Written as shares they can be read as shares: of all samples, or with a ratio of those of their kind."""
+    data = load_recipe(path, overrides).data
+    kinds = {source.kind for source in data.sources}
+    assert kinds == ({"long", "short"} if data.long_short_ratio else {"short"})
+    for kind in kinds:
+        assert sum(source.weight for source in data.sources if source.kind == kind) == pytest.approx(1)
+    assert data.long_short_ratio == (1.0 if path.stem == "stage3" else None)
 
 
 @BY_NAME
