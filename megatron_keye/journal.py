@@ -50,7 +50,7 @@ class Journal:
         if entry is None or not file.is_file() or file.stat().st_size != entry["size"]:
             return None
         with file.open("rb") as stream:
-            if _checksum(stream) != entry["crc"]:
+            if crc_and_size(stream) != [entry["crc"], entry["size"]]:
                 return None
         advance(entry["size"])
         return entry["record"]
@@ -59,14 +59,9 @@ class Journal:
     def writing(self, name: str, record: list[Any]) -> Iterator[Summed]:
         """A stream whose content becomes the file `name` when the block ends; `record` may be filled meanwhile."""
         part = self.folder / f"{name}.part"
-        with part.open("wb") as file, ThreadPoolExecutor(1) as syncing:
-            stream = Summed(file, syncing)
-            try:
-                yield stream
-            except Exception:
-                if stream.failure is not None:  # torch.save would hide it behind an error of its own
-                    raise stream.failure from None
-                raise
+        with part.open("wb") as file, ThreadPoolExecutor(2) as beside:
+            stream = Summed(file, beside)
+            yield stream
             stream.sync()
         os.replace(part, self.folder / name)
         self._said["files"][name] = {"crc": stream.crc, "size": stream.size, "record": record}
@@ -89,33 +84,32 @@ class Journal:
 
 
 class Summed:
-    """Writes to a file and keeps the crc32 and the size of what went there."""
+    """Writes to a file and keeps the crc32 and the size of what went there. `beside`: two threads."""
 
-    def __init__(self, file: BinaryIO, syncing: Executor):
-        self._file, self._syncing, self._synced = file, syncing, [syncing.submit(ignore, 0)]
+    def __init__(self, file: BinaryIO, beside: Executor):
+        self._file, self._beside, self._synced = file, beside, [beside.submit(ignore, 0)]
         self.crc, self.size = 0, 0
-        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
         before = self.size
-        self.crc, self.size = zlib.crc32(view, self.crc), self.size + view.nbytes
-        try:
+        self.size += view.nbytes
+        if view.nbytes < BLOCK // 4:
             self._file.write(view)
-            if before // SYNC < self.size // SYNC and self._synced[-1].done():
-                self._synced.append(self._syncing.submit(os.fsync, self._file.fileno()))
-        except OSError as error:
-            self.failure = error
-            raise
+            self.crc = zlib.crc32(view, self.crc)
+        else:
+            summed = self._beside.submit(zlib.crc32, view, self.crc)
+            self._file.write(view)
+            self.crc = summed.result()
+        if before // SYNC < self.size // SYNC and self._synced[-1].done():
+            self._file.flush()
+            self._synced.append(self._beside.submit(os.fsync, self._file.fileno()))
         return view.nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
 
     def sync(self) -> None:
         """All is on disk when this returns. The kernel tells of a failure once, so every answer is looked at."""
         self._file.flush()
-        self._synced.append(self._syncing.submit(os.fsync, self._file.fileno()))
+        self._synced.append(self._beside.submit(os.fsync, self._file.fileno()))
         for answer in self._synced:
             answer.result()
 
@@ -139,8 +133,10 @@ def _read(folder: Path) -> dict[str, Any]:
         return {"source": None, "files": {}}
 
 
-def _checksum(stream: BinaryIO) -> int:
-    crc = 0
-    while block := stream.read(BLOCK):
-        crc = zlib.crc32(block, crc)
-    return crc
+def crc_and_size(stream: BinaryIO) -> list[int]:
+    """crc32 and number of the bytes from here on."""
+    crc, size = 0, 0
+    block = memoryview(bytearray(BLOCK))  # one for all: fresh memory costs more than reading does
+    while count := stream.readinto(block):  # type: ignore[attr-defined]
+        crc, size = zlib.crc32(block[:count], crc), size + count
+    return [crc, size]

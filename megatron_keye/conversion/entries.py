@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,9 +25,26 @@ class Entry:
     link: Link
     parts: list[ShardedTensor]  # what it is stored as: itself, or the gate's rows and then the up projection's
 
-    @property
+    @cached_property
     def released_shapes(self) -> list[tuple[int, ...]]:
         return [tuple(tensor.shape) for tensor in self.link.split(self.parameter.detach())]
+
+    @cached_property
+    def stored_shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(part.local_shape) for part in self.parts]
+
+    def pieces(self, released: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Released tensors -> what is stored, one for each part."""
+        if [tuple(tensor.shape) for tensor in released] == self.stored_shapes:  # gate and up are stored apart too
+            return released
+        whole = self.link.join(released)
+        return whole.split([rows for rows, *_ in self.stored_shapes]) if len(self.parts) > 1 else [whole]
+
+    def released(self, pieces: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The way back."""
+        if self.stored_shapes == self.released_shapes:
+            return pieces
+        return self.link.split(pieces[0] if len(pieces) == 1 else torch.cat(list(pieces)))
 
 
 def entries(cfg: ModelConfig) -> tuple[KeyeModel, dict[str, Any], list[Entry]]:

@@ -48,9 +48,9 @@ def import_hf(
     check_tensors(source, cfg, model.parts)
     dtypes = _dtypes(wanted, source, dtype)
 
-    def value(entry: Entry) -> torch.Tensor:
+    def pieces(entry: Entry) -> Sequence[torch.Tensor]:
         tensors = [source.get(name) for name in entry.link.released]
-        return entry.link.join([tensor if dtype is None else tensor.to(dtype) for tensor in tensors])
+        return entry.pieces([tensor if dtype is None else tensor.to(dtype) for tensor in tensors])
 
     was_there = out.is_dir()
     folder = checkpoint.iteration_folder(out, 0)
@@ -63,7 +63,7 @@ def import_hf(
             with progress("writing", total) as advance:
                 # Megatron warns of a folder that is not empty, as one that is gone on with never is.
                 logging.getLogger(dist_checkpointing.serialization.__name__).setLevel(logging.ERROR)
-                writer = Streamed(wanted, dtypes, value, journal, advance, file_bytes)
+                writer = Streamed(wanted, dtypes, pieces, journal, advance, file_bytes)
                 dist_checkpointing.save(state, str(draft), writer, content_metadata=None)
             _write_beside(draft, cfg, journal)
     finally:

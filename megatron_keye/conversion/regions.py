@@ -1,7 +1,7 @@
 """Any part of any tensor of a checkpoint in Megatron's distributed format, in one process and without reading the rest.
 
 Megatron's own loader asks for all parts of a tensor at once, and it stacks every layer's experts into one tensor. Here
-the stored pieces are mapped into memory, from which the kernel drops them again as it likes.
+the stored pieces are mapped into memory.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_keye.conversion.archives import Mapped
 from megatron_keye.errors import UserError
 
 Offsets = tuple[int, ...]
@@ -40,7 +39,7 @@ class Regions:
             metadata = FileSystemReader(folder).read_metadata()
         except Exception as error:  # a pickle of many classes: it can fail in as many ways
             raise UserError(f"{folder / '.metadata'} cannot be read ({error}); use another checkpoint") from error
-        self._storage = metadata.storage_data
+        self._storage, self._mapping = metadata.storage_data, Mapped()
         self._pieces: dict[str, _Pieces] = {}
         self.tensors = {k: t for k, t in metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
 
@@ -68,18 +67,8 @@ class Regions:
         return whole
 
     def _mapped(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        """A piece as it lies in its file, which has one archive of torch.save after another."""
         place = self._storage[MetadataIndex(key, chunk.offsets)]
-        path = self.folder / place.relative_path
-        with path.open("rb") as file:
-            archive = _create_file_view(file, place.offset, place.length)
-            like = torch.load(archive, map_location="meta", weights_only=True)  # all but the values
-            archive.seek(0)
-            start = place.offset + torch._C.PyTorchFileReader(archive).get_record_offset("data/0")
-        values = torch.from_numpy(np.memmap(path, np.uint8, "c", start, (like.untyped_storage().nbytes(),)))
-        if values.data_ptr() % like.dtype.itemsize:  # archives begin anywhere
-            values = values.clone()
-        return values.view(like.dtype).as_strided(like.shape, like.stride(), like.storage_offset())
+        return self._mapping.tensor(self.folder / place.relative_path, place.offset, place.length)
 
 
 class _Pieces:

@@ -65,9 +65,7 @@ class Stored:
     def read(self, entry: Entry) -> list[torch.Tensor]:
         """The released tensors that one parameter stands for."""
         its = [self.regions.read(self._region(part)).reshape(part.local_shape) for part in entry.parts]
-        if [tuple(it.shape) for it in its] != entry.released_shapes:
-            its = list(entry.link.split(its[0] if len(its) == 1 else torch.cat(its)))
-        return [tensor if self.dtype is None else tensor.to(self.dtype) for tensor in its]
+        return [tensor if self.dtype is None else tensor.to(self.dtype) for tensor in entry.released(its)]
 
     def _verify(self, progress: Progress) -> None:
         with progress("checking", sum(size for _, size in self.sums.values())) as advance:

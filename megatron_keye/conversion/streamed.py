@@ -1,11 +1,12 @@
 """Megatron's distributed format written as a stream: memory holds the parameter at hand, not the model.
 
 Megatron writes what it is given whole; given tensors without storage (the meta device) and this strategy, it writes all
-else as ever (common.pt, metadata.json), and the values come one parameter at a time from `value`. Any layout reads it.
+else as ever (common.pt, metadata.json), and the values come one parameter at a time from `pieces`. Any layout reads it.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_keye.conversion.archives import around
 from megatron_keye.conversion.entries import Entry
 from megatron_keye.journal import Advance, Journal, Summed
 
@@ -33,19 +35,19 @@ ALIGNED = 64  # where pieces begin, so that their values can be mapped
 
 
 class Streamed(SaveShardedStrategy):
-    """`value(entry)` gives a whole parameter of ours, in the dtype that `dtypes` announces for its key."""
+    """`pieces(entry)` gives what a parameter of ours is stored as, in the dtype that `dtypes` announces for its key."""
 
     def __init__(
         self,
         entries: Sequence[Entry],
         dtypes: dict[str, torch.dtype],
-        value: Callable[[Entry], torch.Tensor],
+        pieces: Callable[[Entry], Sequence[torch.Tensor]],
         journal: Journal,
         advance: Advance,
         file_bytes: int = FILE_BYTES,
     ):
         super().__init__("torch_dist", 1)
-        self.entries, self.dtypes, self.value = entries, dtypes, value
+        self.entries, self.dtypes, self.pieces = entries, dtypes, pieces
         self.journal, self.advance, self.file_bytes = journal, advance, file_bytes
 
     @property
@@ -87,25 +89,27 @@ class Streamed(SaveShardedStrategy):
 
     def _write(self, stream: Summed, item: Entry | ShardedObject) -> Iterator[list[int]]:
         """-> [offset, length] of each piece"""
-        for piece in self._pieces(item):
+        for archive in self._archives(item):
             stream.write(bytes(-stream.size % ALIGNED))
             start = stream.size
-            torch.save(piece, stream)  # type: ignore[arg-type]  # all it needs is write()
+            for part in archive:
+                stream.write(part)
             yield [start, stream.size - start]
         if isinstance(item, Entry):
             self.advance(self.nbytes(item))
 
-    def _pieces(self, item: Entry | ShardedObject) -> Iterator[Any]:
+    def _archives(self, item: Entry | ShardedObject) -> Iterator[tuple[Any, ...]]:
+        """What torch.save would write of each piece: its bytes, in parts."""
         if isinstance(item, ShardedObject):
-            yield [item.data]
+            whole = io.BytesIO()
+            torch.save([item.data], whole)
+            yield (whole.getbuffer(),)
             return
-        whole = self.value(item)
-        rows = [part.local_shape[0] for part in item.parts]
-        for part, piece in zip(item.parts, whole.split(rows) if len(rows) > 1 else [whole]):
+        for part, piece in zip(item.parts, self.pieces(item), strict=True):
             if piece.shape != part.local_shape or piece.dtype is not self.dtypes[part.key]:
                 raise RuntimeError(f"{part.key} is {part.local_shape}, but {list(piece.shape)} of {piece.dtype} came")
-            # Saving writes the whole storage behind a tensor, which may be a mapped file or hold the other rows too.
-            yield piece.clone(memory_format=torch.contiguous_format).view(_sizes(part))
+            before, after = around(_sizes(part), piece.dtype)
+            yield before, piece.contiguous().flatten().view(torch.uint8).numpy(), after
 
     def _described(self, items: list[ShardedTensor | ShardedObject]) -> dict[str, Any]:
         described: dict[str, Any] = {}

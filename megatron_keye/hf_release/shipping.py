@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 import keye_data
-from megatron_keye.hf_release.processing_keye_vl2 import name_code
 
 HERE = Path(__file__).parent
 DATA = Path(keye_data.__file__).parent
@@ -36,6 +35,8 @@ def ship_model(folder: Path) -> None:
 
 def ship_processor(folder: Path) -> None:
     """The processor's code beside the configurations that keye_data's Processor.save_pretrained wrote."""
+    from megatron_keye.hf_release.processing_keye_vl2 import name_code  # brings all of transformers
+
     for name, source in processor_sources().items():
         (folder / name).write_text(source, encoding="utf-8")
     name_code(folder)

@@ -17,8 +17,7 @@ import json
 import os
 import random
 import shutil
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from keye_data.accounting import Account
 from megatron_keye.config.model import ModelConfig, check_same_model
 from megatron_keye.errors import UserError
+from megatron_keye.journal import crc_and_size
 from megatron_keye.parallel.plan import Plan
 from megatron_keye.parallel.together import together
 from megatron_keye.training.model_state import load_model_state, metadata, model_state
@@ -230,16 +230,8 @@ def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
 
 
 def checksum(file: Path) -> list[int]:
-    crc = size = 0
     with file.open("rb") as stream:
-        for block in _blocks(stream):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return [crc, size]
-
-
-def _blocks(stream, length: int = 1 << 22) -> Iterator[bytes]:
-    while block := stream.read(length):
-        yield block
+        return crc_and_size(stream)
 
 
 def _random_states() -> dict[str, Any]:
