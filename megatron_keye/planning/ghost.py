@@ -64,6 +64,8 @@ class Ghosts(TorchDispatchMode):
             dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else torch.get_default_dtype())
             kwargs["device"] = HOST if tensors or is_hosted(dtype) else META
         out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.is_meta and is_hosted(out.dtype):  # arange makes integers without being told
+            out = func(*args, **{**kwargs, "device": HOST})
         if isinstance(out, Tensor):
             return out if is_hosted(out.dtype) else ghost_of(out)
         return type(out)(_float_to_ghost(x) for x in out) if type(out) in (list, tuple) else out

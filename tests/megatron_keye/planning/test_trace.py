@@ -102,6 +102,8 @@ def test_ghosts_take_decisions_as_a_plan_would():
         mask = torch.tensor([True, False, True, False, True, False])
         some = scores[mask]
         counts = torch.bincount(picks.flatten(), minlength=8)
+        order = torch.arange(8, device="cpu").view(2, 4).T.ravel()
+    assert order.tolist() == [0, 4, 1, 5, 2, 6, 3, 7], "integers, though nobody named their type"
     assert scores.is_meta and values.is_meta and not picks.is_meta
     assert some.shape == (3, 8) and some.is_meta
     assert counts.tolist() == [2, 2, 2, 2, 1, 1, 1, 1]
