@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from keye_data.errors import DataError
+from keye_data.stretch import Stretch
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".ts")
@@ -18,17 +19,15 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A file, or the bytes of one inside a tar."""
+    """A file, or a stretch of a tar."""
 
-    path: Path
+    source: Path | Stretch  # what decoders take
     suffix: str  # ".mp4", lower case
-    offset: int = 0
-    size: int = -1  # -1: the whole file
 
     @property
-    def source(self) -> Path | bytes:
-        """What decoders take: the path where it is a file, else its bytes."""
-        return self.path if self.size < 0 else self.read()
+    def path(self) -> Path:
+        """The file, or the tar."""
+        return Path(self.source.path) if isinstance(self.source, Stretch) else self.source
 
     def read(self) -> bytes:
         return b"".join(self._chunks())
@@ -40,17 +39,12 @@ class MediaFile:
         return digest.hexdigest()
 
     def _chunks(self) -> Iterator[bytes]:
-        left = self.size if self.size >= 0 else 1 << 62
         try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                while chunk := file.read(min(CHUNK, left)):
-                    left -= len(chunk)
+            with self.source.open() if isinstance(self.source, Stretch) else self.source.open("rb") as file:
+                while chunk := file.read(CHUNK):
                     yield chunk
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror or error})", MISSING) from error
-        if self.size > 0 and left:
-            raise DataError(f"{self.path}: it ends before what its headers speak of", "unreadable source")
 
 
 class Renamer:
@@ -104,6 +98,6 @@ class MemberRenamer(Renamer):
         for member, offset, size in self.members:
             base = PurePosixPath(member).name
             if wanted in (base, base.partition(".")[2]):
-                return MediaFile(self.root, PurePosixPath(member).suffix.lower(), offset, size)
+                return MediaFile(Stretch(str(self.root), offset, size), PurePosixPath(member).suffix.lower())
         held = ", ".join(member for member, *_ in self.members)
         raise DataError(f"{self.where}: no member for {name[:80]!r}; it has {held}", MISSING)

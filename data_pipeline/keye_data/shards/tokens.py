@@ -62,7 +62,7 @@ def count(
     counts: dict[str, int | None] = {}
     for name, processor in by_name.items():
         try:
-            counts[name] = len(processor.encode(conversation, media, where, "build"))  # type: ignore[arg-type]
+            counts[name] = len(processor.encode(conversation, media, where, "build"))
         except DataError as error:
             if error.reason != "too long":
                 raise

@@ -12,6 +12,7 @@ from keye_data.shards.dialogue import to_messages
 from keye_data.shards.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaFile, MemberRenamer, Renamer
 from keye_data.shards.records import Raw, Record
 from keye_data.shards.tars import Member
+from keye_data.stretch import Stretch
 
 
 def understand(raw: Raw, media: Path | None = None, video_suffix: str | None = None) -> Record:
@@ -103,7 +104,7 @@ _SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 
 
 def _read(tar: Path, member: Member) -> bytes:
-    return MediaFile(tar, "", *member[1:]).read()
+    return Stretch(str(tar), *member[1:]).read()
 
 
 def _decoded(text: bytes, where: str) -> str:
