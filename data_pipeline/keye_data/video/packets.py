@@ -103,7 +103,12 @@ def codec_name(stream: VideoStream) -> str:
 
 
 def _stated_packets(container: InputContainer, stream: VideoStream) -> int:
-    """How many packets the container's index promises; 0 where it has none. What an edit list leaves out is not in it."""
+    """How many packets the container promises; 0 where it does not. What an edit list leaves out is not in MP4's index.
+
+    AVI counts ticks without a frame too; `refuse_cut_short` knows its length better.
+    """
+    if container.format.name == "avi":
+        return 0
     if container.format.name.startswith("mov") and len(stream.index_entries):
         return min(stream.frames, len(stream.index_entries))
     return stream.frames

@@ -46,6 +46,7 @@ def make_clip(
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
     colorspace: int | None = None,
+    color_range: int | None = None,
     mux: dict[str, str] | None = None,
 ) -> bytes:
     """A clip of `size` (width, height); pts in milliseconds (40 apart if None); `pixels` [H, W, 3] in place of numbers."""
@@ -58,9 +59,13 @@ def make_clip(
             stream.codec_context.time_base = Fraction(1, 1000)
         if colorspace is not None:
             stream.codec_context.colorspace = colorspace
+        if color_range is not None:
+            stream.codec_context.color_range = color_range
         for i in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(i, *size) if pixels is None else pixels, format="rgb24")
-            frame = frame.reformat(format=pix_fmt, dst_colorspace=colorspace)
+            frame = frame.reformat(format=pix_fmt, dst_colorspace=colorspace or None, dst_color_range=color_range)
+            if color_range is not None:
+                frame.color_range = color_range
             frame.pts = i if pts is None else pts[i]
             frame.time_base = Fraction(1, 25) if pts is None else Fraction(1, 1000)
             file.mux(stream.encode(frame))
