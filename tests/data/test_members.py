@@ -97,7 +97,7 @@ def test_damaged_headers_are_an_unreadable_shard(tmp_path):
         "speaks of 134217727 bytes": bytes(huge),
         "the file ends inside": whole[:1700],
         "empty file": b"",
-        "headers ": b"junk" * 1000,
+        "invalid header": b"junk" * 1000,
     }
     for said, data in cases.items():
         path.write_bytes(data)
