@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -17,6 +18,7 @@ from keye_data.errors import DataError
 from keye_data.shards.shard import Done, Task, build_shard
 
 POLL = 0.5  # seconds
+OBJECT_STORE = 256 << 20  # bytes, of a cluster started here: tasks and results are small
 INSTALL_RAY = 'pip install "ray>=2.60"'
 
 
@@ -98,6 +100,7 @@ class Processes:
 
 def _worker() -> None:
     """In each process: one thread for numerics, and no life beyond the parent's, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
@@ -140,7 +143,7 @@ class Ray:
         if address:
             options["address"] = address
         elif "RAY_ADDRESS" not in os.environ:
-            options |= {"num_cpus": workers, "include_dashboard": False}
+            options |= {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         try:
             self.ray.init(logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -34,7 +34,7 @@ def claimed(folder: Path, source: Path, options: Options) -> Iterator[None]:
     parts = folder / PARTS
     settings = _settings(source, options)
     parts.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (parts / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -42,7 +42,6 @@ def claimed(folder: Path, source: Path, options: Options) -> Iterator[None]:
         _compare(parts / "settings", settings, folder)
         for path in parts.glob("*.growing"):  # of a run that was killed
             path.unlink(missing_ok=True)
-        (folder / ".lock").unlink()  # the lock lives on with the open file; nothing of it stays in the shard folder
         try:
             yield
         finally:
