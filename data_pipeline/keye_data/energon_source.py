@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLo
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 from megatron.energon.source_info import SourceInfo
 from megatron.energon.wrappers import PackingDataset
-from torch.utils.data import get_worker_info
 
 from keye_data.accounting import Skipped
 from keye_data.carry import carry
@@ -32,9 +29,9 @@ from keye_data.packing import PackedRows, best_fit, collate, rows_to_send
 from keye_data.processor import Processor
 from keye_data.sample import EncodedSample
 from keye_data.stretch import Stretch
+from keye_data.worker_life import live_as_long_as_the_trainer
 
 log = logging.getLogger(__name__)
-SIGTERM_GRACE = 30  # seconds, as long as torchrun gives a rank
 READ = "read"  # the one member of a sample that has not been read yet: the function that reads it
 
 
@@ -172,7 +169,7 @@ class Encoder(DefaultTaskEncoder):
 
     @stateless
     def encode_sample(self, sample: CookedSample) -> EncodedItem:
-        _outlive_sigterm()
+        live_as_long_as_the_trainer()
         name = f"{sample.source}/{sample.__key__}"
         try:
             name, members = _read(sample, name)
@@ -226,18 +223,6 @@ class Encoder(DefaultTaskEncoder):
         carry(rows.documents)
         skipped, self.skipped = self.skipped, []
         return WorkerBatch(__key__=key, __restore_key__=(), rows=rows, skipped=skipped)
-
-
-@cache
-def _outlive_sigterm() -> None:
-    """In a worker process: a SIGTERM to all processes of a job is for the trainer, which saves and then ends its workers.
-
-    The grace bounds the life of a worker whose trainer is gone or hangs.
-    """
-    if get_worker_info() is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_GRACE))
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 FATAL = "\x1f"  # marks our sentence inside the wrapped traceback that a worker's exception becomes
