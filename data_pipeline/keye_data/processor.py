@@ -31,6 +31,7 @@ from keye_data.stretch import UNREADABLE, Blob, content
 from keye_data.thinking import with_thinking
 from keye_data.tokenizer import ENDOFTEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from keye_data.video import Part, StoredClip, UnsupportedCodec, decode_chunks
+from keye_data.video.stored import TABLE
 
 PATCH = FACTOR // 2
 PLACEHOLDER = re.compile(r"<\|vision_start\|>(<\|image_pad\|>|<\|video_pad\|>)<\|vision_end\|>")
@@ -230,7 +231,7 @@ class Processor:
             if begin in marks:
                 piece = _Piece()
                 name = marks[begin][1]
-                if name not in media:
+                if name not in media and f"{name}.{TABLE}" not in media:
                     raise DataError(f"{key}: it has no member named {name}", "missing media")
                 if rendered[begin:end].find(IMAGE_PAD) >= 0:
                     self._picture(piece, media[name], f"{key}: {name}")
@@ -290,9 +291,9 @@ class Processor:
             parts = clip.parts(plan.indices)
         piece.media = Media("video", parts, plan.size)
         pads = [self.start_id, *[self.video_token_id] * tokens_of(plan.size), self.end_id]
-        for index in plan.indices:
-            piece.ids += self.tokenizer.encode(self.timestamp(float(info.timestamps[index])), add_special_tokens=False)
-            piece.ids += pads
+        stamps = [self.timestamp(float(info.timestamps[index])) for index in plan.indices]
+        for ids in self.tokenizer(stamps, add_special_tokens=False)["input_ids"]:  # all at once: thousands, for a film
+            piece.ids += [*ids, *pads]
 
     def _prompt(self, pieces: list[_Piece], reserve: int) -> dict[str, torch.Tensor]:
         sample = self._sample(pieces, "prompt", "prompt", self.settings.seq_length - reserve)

@@ -1,0 +1,199 @@
+"""Hours of film from a source folder to packed batches: exact frames, and little memory wherever a film passes."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from keye_data.energon_source import WorkerBatch
+from keye_data.loader import Loader
+from keye_data.processor import Processor
+from keye_data.settings import DataConfig, SourceConfig, VideoConfig
+from keye_data.shards import build_shards
+from keye_data.stretch import Stretch
+
+MIB = 1 << 20
+
+
+def numbered(frames: int, fps: int, size: tuple[int, int] = (64, 48)) -> bytes:
+    """An H.264 clip of `size` (width, height), each frame with its 16-bit number in a 4 x 4 grid; a key frame every 20."""
+    width, height = size
+    rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as file:
+        stream: Any = file.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.thread_count = 20, 1
+        for i in range(frames):
+            luma = (40 + 175 * (i >> np.arange(16) & 1)).reshape(4, 4)[rows][:, columns].astype(np.uint8)
+            planes = np.concatenate([luma, np.full((height // 2, width), 128, np.uint8)])
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame.pts, frame.time_base = i, Fraction(1, fps)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return out.getvalue()
+
+
+def read_numbers(patches: np.ndarray, grid: np.ndarray) -> list[int]:
+    """The numbers in frames [P, 3, 14, 14] of one size."""
+    down, across = grid[0].tolist()
+    frames = patches.reshape(len(grid), down, across, 3, 14, 14).transpose(0, 1, 4, 2, 5, 3)
+    frames = frames.reshape(len(grid), down * 14, across * 14, 3)
+    ys, xs = [(2 * i + 1) * down * 14 // 8 for i in range(4)], [(2 * i + 1) * across * 14 // 8 for i in range(4)]
+    bits = frames[:, ys][:, :, xs].mean(-1) > 127
+    return (bits.reshape(len(grid), 16) << np.arange(16)).sum(1).tolist()
+
+
+@pytest.fixture(scope="module")
+def two_hours() -> bytes:
+    return numbered(7200, 1)
+
+
+def build(folder: Path, clips: dict[str, bytes | Path], *, samples: int = 1) -> Path:
+    """Shards of `samples` conversations about each of `clips`, and one about all of them where there are several."""
+    folder.mkdir()
+    for name, clip in clips.items():
+        shutil.copy(clip, folder / name) if isinstance(clip, Path) else (folder / name).write_bytes(clip)
+    groups = [[name] for name in clips] * samples + ([list(clips)] if len(clips) > 1 else [])
+    with (folder / "data.jsonl").open("w") as lines:
+        for i, names in enumerate(groups):
+            parts = [*({"type": "video", "video": name} for name in names), {"type": "text", "text": f"What? {i}"}]
+            messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": f"Hours, {i}."}]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    build_shards(folder, folder / "shards", samples_per_shard=16)
+    return folder / "shards"
+
+
+def make_loader(tokenizer, shards: Path, video_settings: VideoConfig, **changes) -> Loader:
+    options = {"seq_length": 8192, "packing_buffer": 4, "shuffle_buffer": 4, "workers": 0, **changes}
+    settings = DataConfig(tokenizer="-", sources=[SourceConfig(str(shards))], video=video_settings, **options)
+    return Loader(settings, Processor(tokenizer, settings), rank=0, world_size=1, micro_batch_size=1, seed=3)
+
+
+def test_two_hours_keep_every_frame_in_its_place(tokenizer, two_hours, tmp_path):
+    """Build, load, pack, decode: the frames of a clip that lies in 60 pieces are those that its plan names."""
+    shards = build(tmp_path / "in", {"long.mp4": two_hours, "second.mp4": numbered(900, 1)})
+    # an eighth of stage 3's budget in an eighth of its row, but frames of 4 tokens: 512 frames of a film
+    limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=16, total_tokens=2048, max_frames=360)
+    loader = make_loader(tokenizer, shards, limits, seq_length=8192, packing=False, shuffle_buffer=1)
+    seen = {}
+    for _ in range(3):
+        batch = next(loader)
+        assert batch.skipped == {}
+        at = np.cumsum([0, *(batch.grid.prod(1))])
+        seen[batch.keys[0].rsplit("/", 1)[1]] = [
+            read_numbers(batch.patches[at[i] : at[i + 1]].numpy(), batch.grid[i : i + 1].numpy())[0]
+            for i in range(len(batch.grid))
+        ]
+        stamps = [
+            float(text.split("<|vision_start|>")[0])
+            for text in tokenizer.decode(batch.input_ids[0]).split("<|frame|>")[1:]
+        ]
+        assert stamps == seen[batch.keys[0].rsplit("/", 1)[1]]  # at one frame a second, a number is a time
+    loader.close()
+    frames = np.linspace(0, 7199, 360).round().astype(int).tolist()
+    assert seen["000000000"] == frames  # max_frames
+    assert len(seen["000000001"]) == 2048 * 0.5 // 4  # half the budget up to 1,024 s
+    both = seen["000000002"]  # two clips share the budget
+    assert both == (
+        np.linspace(0, 7199, 256).round().astype(int).tolist() + np.linspace(0, 899, 128).round().astype(int).tolist()
+    )
+
+
+def test_the_row_limits_the_budget(tokenizer, two_hours, tmp_path):
+    shards = build(tmp_path / "in", {"long.mp4": two_hours})
+    limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=16, total_tokens=100_000)
+    loader = make_loader(tokenizer, shards, limits, seq_length=2048)
+    batch = next(loader)
+    loader.close()
+    used = int((batch.key_stop > batch.key_start).sum())
+    assert 0.97 * 2048 < used <= 2048 and batch.skipped == {}
+    assert read_numbers(batch.patches.numpy(), batch.grid.numpy())[-1] == 7199
+
+
+def test_batches_before_decoding_hold_no_film_until_they_are_packed(tokenizer, two_hours, tmp_path, monkeypatch):
+    from keye_data import carry as module
+    from keye_data import energon_source
+
+    shards = build(tmp_path / "in", {"long.mp4": two_hours})
+    waiting: list[Any] = []
+    rooms = [1 << 30, 1 << 16, 0]
+
+    def carry(documents):
+        waiting.extend(part.data for document in documents for media in document.media for part in media.parts)
+        module.carry(documents, rooms[0])
+
+    monkeypatch.setattr(energon_source, "carry", carry)
+    limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=4, max_frames=200)
+    want = None
+    for _ in range(3):
+        loader = make_loader(tokenizer, shards, limits, packing=False)
+        item = next(iter(loader._loader))
+        assert isinstance(item, WorkerBatch)
+        parts = [part for document in item.rows.documents for media in document.media for part in media.parts]
+        assert len(parts) == 60 and all(isinstance(data, Stretch) for data in waiting)
+        carried = [isinstance(part.data, bytes) for part in parts]
+        assert {1 << 30: all(carried), 1 << 16: any(carried) and not all(carried), 0: not any(carried)}[rooms[0]]
+        pixels, _ = loader.processor.pixels(item.rows.documents[0].media[0])
+        want = pixels if want is None else want
+        assert (pixels == want).all()  # wherever it is trimmed
+        loader.close()
+        rooms.pop(0)
+        waiting.clear()
+
+
+def test_film_that_vanishes_behind_the_buffers_masks_its_document(tokenizer, two_hours, tmp_path, caplog):
+    shards = build(tmp_path / "in", {"long.mp4": two_hours})
+    limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=4, max_frames=100)
+    loader = make_loader(tokenizer, shards, limits, packing=False)
+    tar = next(shards.glob("*.tar"))
+    data = bytearray(tar.read_bytes())
+    at = data.index(b".007.mp4") // 512 * 512 + 512  # the member behind this header
+    data[at : at + 4096] = b"\xa5" * 4096
+    tar.write_bytes(data)
+    batch = next(loader)
+    loader.close()
+    assert batch.skipped == {"corrupt clip": 1} and batch.bad[0].masked and batch.bad[0].key == batch.keys[0]
+    assert (batch.targets == -100).all() and batch.keys[0] in caplog.text
+    assert (batch.patches == 0).all() and len(batch.grid) == 100
+
+
+def memory(pid: int, field: str) -> int:
+    """VmRSS or VmHWM (its peak) of a process, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) << 10
+
+
+@pytest.mark.slow  # 200 samples of 60 segments each
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_memory_of_a_worker_is_bounded_and_does_not_grow(tokenizer, two_hours, tmp_path):
+    """200 samples of two hours at stage 3's whole budget, in a forked worker; packed into rows of 256K tokens."""
+    shards = build(tmp_path / "in", {"long.mp4": two_hours}, samples=40)
+    loader = make_loader(tokenizer, shards, VideoConfig(), seq_length=262_144, workers=1, packing_buffer=16)
+    before = {child.pid for child in multiprocessing.active_children()}
+    samples, frames, now = 0, 0, []
+    for item in loader._loader:  # as the worker sends them
+        worker = next(p for p in (child.pid or 0 for child in multiprocessing.active_children()) if p not in before)
+        samples += len(item.rows.documents)
+        frames += sum(media.n_frames for document in item.rows.documents for media in document.media)
+        assert item.skipped == []
+        now.append(memory(worker, "VmRSS"))
+        if samples >= 200:
+            break
+    peak = memory(worker, "VmHWM")
+    loader.close()
+    assert frames == samples * 2880
+    early, late = max(now[: len(now) // 4]), max(now[-len(now) // 4 :])
+    print(f"{samples} samples, {len(now)} batches; worker: peak {peak / MIB:.0f} MiB,", end=" ")
+    print(f"first quarter {early / MIB:.0f} MiB, last quarter {late / MIB:.0f} MiB")
+    assert peak < 1500 * MIB
+    assert late - early < 64 * MIB
