@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_keye.errors import UserError
-from megatron_keye.progress import read_rows
+from megatron_keye.metrics import read_rows
 
 LOSSES = ("lm loss", "indexer loss", "load_balancing_loss")
 # Differ when other data was read, whatever the model does.

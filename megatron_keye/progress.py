@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_keye.config.curriculum import Phase
+from megatron_keye.metrics import read_rows
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,6 @@ def row_of(phase: Phase) -> Row | None:
         recall=recalls[-1] if recalls else None,
         seconds=sum(r["iteration-time"] for r in rows),
     )
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The steps in a metrics.jsonl; a last line that a kill cut short is none."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def print_table(rows: list[Row]) -> None:

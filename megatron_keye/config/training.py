@@ -19,6 +19,8 @@ class TrainingConfig:
     init_from: str | None = None
     # on the head-averaged KL; Kwai's sum over G KV groups is G times this; weight not published
     indexer_loss_weight: float = 1.0
+    # least top-k recall (share of dense attention's mass, mean over layers) of the warm-up that init_from names; None = any
+    recall_gate: float | None = None
     # what of a layer is computed again in backward: none | selective (core attention) | moe (experts) | full (all of it)
     recompute: str = "none"
     vision_chunk_patches: int = 16_384  # ViT activations held at once; the ViT is always computed again in backward

@@ -61,6 +61,7 @@ ABOVE_ZERO = (
     "data.long_short_ratio",
     "data.video.fps",
     "training.collective_timeout_minutes",
+    "training.recall_gate",
     "optimizer.eps",
 )
 
@@ -171,6 +172,13 @@ def mode_errors(recipe: Recipe) -> list[str]:
         return []  # already an error of its own
     if recipe.model.vision_layers == 0:
         return ["model.vision_layers = 0: a model without vision tower can be converted and run, but not trained"]
+    if (gate := recipe.training.recall_gate) is not None:
+        if mode != "sparse":
+            return [
+                f"training.recall_gate = {gate} asks what indexers have learnt, and attention_mode = {mode!r} does not rely on them; set null"
+            ]
+        if gate > 1:
+            return [f"training.recall_gate = {gate} is a share and must be at most 1; the nearest is 1"]
     if mode == "warmup" and scope != "indexers":
         return [
             f"model.attention_mode = 'warmup' trains the indexers alone, not training.scope = {scope!r}; the nearest is 'indexers'"

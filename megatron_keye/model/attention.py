@@ -17,6 +17,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.module import MegatronModule
 
 from keye_kernels import dsa
+from megatron_keye.model.health import measure
 from megatron_keye.model.indexer import AttachLoss
 from megatron_keye.model.positions import rotate
 from megatron_keye.model.transformer_config import KeyeTransformerConfig
@@ -34,7 +35,10 @@ class SparseCoreAttention(MegatronModule):
     def __init__(self, config: KeyeTransformerConfig, layer_number: int, *_, pg_collection=None, **__):
         super().__init__(config=config)
         self.context_group, self.tensor_group = pg_collection.cp, pg_collection.tp
+        self.layer_number = layer_number  # of the whole model, from 1
         self.kl_sum: torch.Tensor | None = None  # of all tokens since the trainer last took it
+        self.probing = False  # forwards measure the indexer, into `health`
+        self.health: torch.Tensor | None = None
 
     def forward(
         self,
@@ -71,6 +75,12 @@ class SparseCoreAttention(MegatronModule):
             if kl is not None:
                 self.kl_sum = kl.detach().sum() + (0 if self.kl_sum is None else self.kl_sum)
                 out = AttachLoss.apply(out, kl, self.config.indexer_loss_weight)
+            if self.probing:
+                found = measure(
+                    q, k, iq, ik, iw, start, stop, keye.topk,
+                    quantised=keye.indexer_fake_fp8, backend=backend, tensor_group=self.tensor_group,
+                )  # fmt: skip
+                self.health = found if self.health is None else self.health + found  # a recomputed layer counts twice
         return out.view(b, s, -1).transpose(0, 1).contiguous()
 
 

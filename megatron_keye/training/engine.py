@@ -18,6 +18,7 @@ from megatron_keye.model.transformer_config import language_config, vision_confi
 from megatron_keye.parallel.plan import Plan
 from megatron_keye.parallel.vision import VisionStep
 from megatron_keye.training import checkpoint, optimizer
+from megatron_keye.training.health import check_gate
 from megatron_keye.training.machine import check_machine
 from megatron_keye.training.scope import apply_scope
 from megatron_keye.training.step import TrainStep
@@ -61,6 +62,10 @@ class Engine:
             return
         folder = Path(source)
         if (folder / "config.json").is_file():
+            if self.recipe.training.recall_gate is not None:
+                raise UserError(
+                    f"training.recall_gate: the folder {source} tells no recall; set null, or begin from the warm-up's checkpoints"
+                )
             from megatron_keye.model.hf import load_hf
 
             load_hf(folder, self.recipe.model, self.language, self.tower)
@@ -71,6 +76,8 @@ class Engine:
                 f"training.init_from: {source} is neither a Hugging Face folder (config.json) nor a folder of "
                 "checkpoints (iter_*); train the phase before it first, or import a model with tools/convert.py"
             )
+        if self.recipe.training.recall_gate is not None:
+            check_gate(found, self.recipe.training.recall_gate)
         checkpoint.load_weights(found, self.recipe.model, self.language, self.tower, self.plan)
 
     def _build_optimizer(self) -> None:

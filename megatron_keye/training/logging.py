@@ -93,7 +93,7 @@ def step_line(m: dict[str, Any], steps: int) -> str:
         f"global batch size: {m['batch-size']:5d}",
         f"lm loss: {m['lm loss']:.6E}",
     ]
-    fields += [f"{k}: {m[k]:.6E}" for k in ("indexer loss", "load_balancing_loss") if k in m]
+    fields += [f"{k}: {m[k]:.6E}" for k in ("indexer loss", "load_balancing_loss", "dsa/recall-mass") if k in m]
     fields.append(f"grad norm: {m['grad-norm']:.3f}" if m["grad-norm"] is not None else "grad norm: none, step skipped")
     fields += [f"number of skipped iterations: {m['skipped-steps']:3d}", f"skipped samples: {m['skipped-samples']}"]
     return " | ".join(fields) + " |"

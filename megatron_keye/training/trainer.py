@@ -32,6 +32,7 @@ from megatron_keye.planning.flops import step_flops
 from megatron_keye.training import checkpoint
 from megatron_keye.training.engine import Engine, agreed
 from megatron_keye.training.feed import BlockFeed
+from megatron_keye.training.health import Health
 from megatron_keye.training.logging import RunLog, say
 from megatron_keye.training.step import StepResult
 
@@ -60,6 +61,7 @@ class Trainer:
         self.engine = Engine(recipe, plan, resume_from=found)
         if found is not None:
             self._resume(found)
+        self.health = Health(recipe, self.engine.language)
         cost = partial(step_flops, recipe.model) if recipe.training.balance else None
         self.feed = BlockFeed(self.loader, plan, cost)
         is_logger = plan.data_rank == 0 and plan.is_last_stage and plan.tensor_rank == 0 and plan.context_rank == 0
@@ -132,6 +134,7 @@ class Trainer:
         begin = time.perf_counter()
         batches = self.feed.take(self.micro_batches)
         waited = time.perf_counter() - begin
+        self.health.before(activity.step)
         result = self.engine.step(batches)
         lr = self.engine.optimizer.param_groups[0]["lr"]
         self.progress.iteration += 1
@@ -155,6 +158,7 @@ class Trainer:
                 "batch-size": self.recipe.training.global_batch_size,
                 "lm loss": result.lm_loss,
                 **result.extra,
+                **self.health.after(),
                 "grad-norm": result.grad_norm,
                 **self._balance(batches),
                 "video-decode-wait-ms": waited * 1000,
