@@ -104,18 +104,27 @@ def loop(source: Path, target: Path, seconds: float) -> None:
             shift += length
 
 
+def tokenizer(cache: Path) -> Path:
+    """The Qwen vocabulary of the demo, or fetched."""
+    return _fetched("dashscope", "../qwen.tiktoken", cache)
+
+
 def _film(cache: Path) -> Path:
-    """bunny.mp4: the demo's where it is there, fetched otherwise."""
-    known = ROOT / "demo" / "samples" / "originals" / "bunny.mp4"
+    return _fetched("moviepy", "bunny.mp4", cache)
+
+
+def _fetched(package: str, name: str, cache: Path) -> Path:
+    """originals/name of tools/fetch_samples.py: the demo's where it is there, that one package's otherwise."""
+    known = ROOT / "demo" / "samples" / "originals" / name
     if known.is_file():
-        return known
+        return known.resolve()
     sys.path.insert(0, str(ROOT / "tools"))
     from fetch_samples import PACKAGES, fetch  # type: ignore[import-not-found]
 
-    originals = cache / "originals"
-    originals.mkdir(exist_ok=True)
-    fetch(next(package for package in PACKAGES if package.name == "moviepy"), originals)
-    return originals / "bunny.mp4"
+    originals = cache / "samples" / "originals"
+    originals.mkdir(parents=True, exist_ok=True)
+    fetch(next(one for one in PACKAGES if one.name == package), originals)
+    return (originals / name).resolve()
 
 
 def _kept(path: Path, make: Callable[[Path], None]) -> Path:
