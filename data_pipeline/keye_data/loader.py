@@ -1,21 +1,26 @@
 """The loader: shard folders in, decoded micro-batches out, for ever, resumable to the batch.
 
-Energon reads, blends, shuffles, encodes and packs in worker processes; this process decodes the pixels of each batch.
+Energon reads, blends, shuffles, encodes and packs in worker processes; a thread of this process decodes the pixels of each
+batch, a few batches ahead of the step.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.energon import WorkerConfig, get_savable_loader
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode
+from megatron.energon.savable_loader import SavableDataLoaderState
 
 from keye_data import resume
 from keye_data.accounting import Skipped
@@ -23,6 +28,7 @@ from keye_data.energon_source import FATAL, Encoder, WorkerBatch
 from keye_data.errors import DataError
 from keye_data.packing import Document
 from keye_data.plain_state import from_plain, to_plain
+from keye_data.prefetch import Prefetch
 from keye_data.processor import PATCH, Processor, media_grid
 from keye_data.sample import IGNORE, Batch
 from keye_data.settings import DataConfig
@@ -31,13 +37,14 @@ from keye_data.video import UnsupportedCodec
 
 log = logging.getLogger(__name__)
 STATE_VERSION = 2
+IN_PROCESS = threading.Lock()
 
 
 class Loader:
     """An iterator of `Batch`es for data-parallel rank `rank` of `world_size`; ranks see different samples.
 
     Sources are drawn by weight, shuffled and packed into rows of settings.seq_length. The same arguments give the same
-    batches, whatever the timing. Broken samples are skipped, named in the log and listed in Batch.bad, once each, also
+    batches, whatever the timing and data.prefetch. Broken samples are skipped, named in the log and listed in Batch.bad, once each, also
     over a resume. It never ends, unless `repeat` is False: then every sample of every source is read once, whatever the
     weights, and the last batches may have fewer rows, or none where only skipped samples were left to tell of.
     Raises DataError for a missing or empty shard folder, and after max_failures_in_a_row broken samples.
@@ -68,7 +75,8 @@ class Loader:
             restore_error_handler=encoder.not_restored,
         )
         folders = open_sources(settings, worker_config)
-        self.source_sizes = {str(folder.dataset.path): len(folder.dataset) for folder in folders}  # as in Batch.sources
+        # by the names in Batch.sources
+        self.source_sizes = {folder.dataset.subflavors["source"]: len(folder.dataset) for folder in folders}
         # What must be the same on both sides of a checkpoint for the order of the samples to go on.
         self._layout = {
             "rank": rank,
@@ -97,13 +105,28 @@ class Loader:
             dataset,
             gc_collect_every_n_steps=10 if settings.workers else 0,  # it freezes the process's garbage: workers only
             watchdog_timeout_seconds=None,
+            # Workers look back as far as the batches that wait to be handed out, besides those in their own queues.
+            n_checkpoints=None if not settings.workers else 2 * settings.workers + 2 + settings.prefetch,
         )
         self._batches: Iterator[WorkerBatch] | None = None
+        self._place: _Place | None = None  # behind the last batch handed out
+        self._ahead: Prefetch[tuple[_Place, Batch]] = Prefetch(self._make, settings.prefetch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        self._place, batch = next(self._ahead)
+        return batch
+
+    def _make(self) -> tuple[_Place, Batch]:
+        """The next batch, and the place behind it."""
+        # Without workers Energon runs here, and it bears one loader of a process at a time.
+        with IN_PROCESS if not self._loader.num_workers else nullcontext():
+            item, place = self._next_item(), self._place_now()
+        return place, self._decode(item)
+
+    def _next_item(self) -> WorkerBatch:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")  # torch says it on machines without a GPU
@@ -117,7 +140,7 @@ class Loader:
             if not self.repeat:
                 raise
             raise DataError("the sources ran out of samples: every one was skipped") from None
-        return self._decode(item)
+        return item
 
     def _decode(self, item: WorkerBatch) -> Batch:
         begin = time.perf_counter()
@@ -165,7 +188,27 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's place in the data, behind the last batch returned: plain values and bytes only."""
-        return {"version": STATE_VERSION, "layout": self._layout, "energon": to_plain(self._loader.save_state_rank())}
+        return {"version": STATE_VERSION, "layout": self._layout, "energon": self._energon_state()}
+
+    def _place_now(self) -> _Place:
+        """Where Energon stands. Its workers can be asked for an earlier place later on; without workers it is written down."""
+        if not self._loader.num_workers:
+            return _Place([], 0, to_plain(self._loader.save_state_rank()))
+        return _Place(list(self._loader._worker_sample_counters), self._loader._next_worker_id)
+
+    def _energon_state(self) -> Any:
+        """Energon's save_state_rank as of the last batch handed out, which batches have been made behind since."""
+        place = self._place
+        if place is None:
+            return to_plain(self._loader.save_state_rank())
+        if place.written is not None:
+            return place.written
+        state = SavableDataLoaderState(
+            worker_states=self._loader._worker_command("get_checkpoint", place.counters),
+            next_worker_id=place.next_worker,
+            micro_batch_size=self._loader._get_batch_size(),
+        )
+        return to_plain(state)
 
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Goes on behind the batch after which `state` was taken; before the first batch only.
@@ -186,6 +229,18 @@ class Loader:
             ]
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Ends the thread and the worker processes."""
+        ended = self._ahead.close()
         if self._loader._iterator is not None:
             self._loader._iterator._shutdown_workers()
+        if not ended:  # it waited for a worker that hangs, and now there is none
+            self._ahead.close()
+
+
+@dataclass
+class _Place:
+    """How many batches each worker has delivered, and whose turn is next; or all that Energon writes down."""
+
+    counters: list[int]
+    next_worker: int
+    written: Any = None

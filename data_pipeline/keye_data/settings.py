@@ -47,6 +47,7 @@ class DataConfig:
     packing_buffer: int = 64  # samples waiting to be packed: rows 0.98 full where half are over 1/8 of a row
     shuffle_buffer: int = 100
     workers: int = 2  # loader processes per data-parallel rank
+    prefetch: int = 2  # batches decoded ahead, in a thread, while the step runs; 0: decoded when they are asked for
     system_prompt: str | None = None
     train_on: str = "answers"  # answers | all
     keep_thinking: bool = True  # false: chain of thought is taken out of answers before they are cut into tokens

@@ -5,6 +5,7 @@ Shapes: B packed rows of S tokens, P patches (see keye_data.sample.Batch).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -28,10 +29,13 @@ class BlockFeed:
     def __init__(self, batches: Iterator[Batch] | None, plan: Plan, cost: Callable[[list[Batch]], float] | None = None):
         self.batches, self.plan, self.cost = batches, plan, cost
         self.device = torch.device(torch.cuda.current_device())
+        self.wait_ms = self.decode_ms = (
+            0.0  # of the last step, where this rank reads: without batches, and decoding them
+        )
 
     def take(self, count: int) -> list[Batch]:
         """The next `count` micro-batches, on this rank's device, the same on every rank of the block."""
-        taken = together(lambda: [next(self.batches) for _ in range(count)] if self.batches is not None else [])
+        taken = together(lambda: self._read(count))
         if self.cost is not None and self.batches is not None and self.plan.data_size > 1:
             costs = [self.cost([b]) for b in taken]
             taken = rebalance(taken, costs, ps.get_data_parallel_group(), self.device)
@@ -41,6 +45,15 @@ class BlockFeed:
             dist.broadcast_object_list(outline, src=self.plan.block_source, group=self.plan.block)
             taken = self._share_patches(outline[0], patches, outline[1])
         return [to_device(b, self.device) for b in taken]
+
+    def _read(self, count: int) -> list[Batch]:
+        if self.batches is None:
+            return []
+        begin = time.perf_counter()
+        taken = [next(self.batches) for _ in range(count)]
+        self.wait_ms = (time.perf_counter() - begin) * 1000
+        self.decode_ms = sum(batch.decode_ms for batch in taken)
+        return taken
 
     def _share_patches(self, batches: list[Batch], patches: list[torch.Tensor], lengths: list[int]) -> list[Batch]:
         pixels = torch.empty(sum(lengths), 3, 14, 14, dtype=torch.uint8, device=self.device)
