@@ -133,7 +133,6 @@ class Trainer:
         activity.step = self.progress.iteration + 1
         begin = time.perf_counter()
         batches = self.feed.take(self.micro_batches)
-        waited = time.perf_counter() - begin
         self.health.before(activity.step)
         result = self.engine.step(batches)
         lr = self.engine.optimizer.param_groups[0]["lr"]
@@ -161,7 +160,6 @@ class Trainer:
                 **self.health.after(),
                 "grad-norm": result.grad_norm,
                 **self._balance(batches),
-                "video-decode-wait-ms": waited * 1000,
                 "skipped-steps": self.progress.skipped_steps,
                 "consumed-samples-by-source": self.progress.account.consumed,
                 "epochs-by-source": self.progress.account.epochs(sizes),
@@ -183,15 +181,22 @@ class Trainer:
         return sum(accounts, Account()), [one for part in bads for one in part], sizes[0], sum(flops)
 
     def _balance(self, batches: list[Batch]) -> dict[str, float]:
-        """Greatest over mean, of all ranks: work of encoding and of the language model; and the slowest encoding."""
+        """Greatest over mean, of all ranks: work of encoding and of the language model. The slowest encoding, wait and decoding."""
         vision = self.engine.step.vision
         text = [replace(b, grid=b.grid[:0]) for b in batches]
-        mine = [vision.load, step_flops(self.recipe.model, text), vision.encode_ms]
+        lm_work = step_flops(self.recipe.model, text)
+        mine = [vision.load, lm_work, vision.encode_ms, self.feed.wait_ms, self.feed.decode_ms]
         loads = torch.tensor([mine], dtype=torch.float64, device=torch.cuda.current_device())
         everyone = loads.new_empty(self.plan.world_size, len(mine))
         dist.all_gather_into_tensor(everyone, loads)
-        vit, lm, encode_ms = everyone.T.tolist()
-        return {"vit-imbalance": imbalance(vit), "lm-imbalance": imbalance(lm), "vit-encode-ms": max(encode_ms)}
+        vit, lm, encode, wait, decode = everyone.T.tolist()
+        return {
+            "vit-imbalance": imbalance(vit),
+            "lm-imbalance": imbalance(lm),
+            "vit-encode-ms": max(encode),
+            "video-decode-wait-ms": max(wait),  # the step stood still for want of a batch
+            "video-decode-ms": max(decode),  # most of it while the step before was running
+        }
 
     def _guard(self, result: StepResult) -> None:
         self.nonfinite = 0 if result.finite else self.nonfinite + 1
