@@ -44,8 +44,8 @@ class Loader:
     """An iterator of `Batch`es for data-parallel rank `rank` of `world_size`; ranks see different samples.
 
     Sources are drawn by weight, shuffled and packed into rows of settings.seq_length. The same arguments give the same
-    batches, whatever the timing and data.prefetch. Broken samples are skipped, named in the log and listed in Batch.bad, once each, also
-    over a resume. It never ends, unless `repeat` is False: then every sample of every source is read once, whatever the
+    batches, whatever the timing and data.prefetch. Broken samples are skipped, named in the log and listed in Batch.bad, once
+    each, also over a resume. It never ends, unless `repeat` is False: then every sample of every source is read once, whatever the
     weights, and the last batches may have fewer rows, or none where only skipped samples were left to tell of.
     Raises DataError for a missing or empty shard folder, and after max_failures_in_a_row broken samples.
     """

@@ -29,9 +29,8 @@ class BlockFeed:
     def __init__(self, batches: Iterator[Batch] | None, plan: Plan, cost: Callable[[list[Batch]], float] | None = None):
         self.batches, self.plan, self.cost = batches, plan, cost
         self.device = torch.device(torch.cuda.current_device())
-        self.wait_ms = self.decode_ms = (
-            0.0  # of the last step, where this rank reads: without batches, and decoding them
-        )
+        # Of the last step, where this rank reads: standing still for want of a batch, and decoding.
+        self.wait_ms = self.decode_ms = 0.0
 
     def take(self, count: int) -> list[Batch]:
         """The next `count` micro-batches, on this rank's device, the same on every rank of the block."""
