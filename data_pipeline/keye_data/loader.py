@@ -27,9 +27,10 @@ from keye_data.accounting import Skipped
 from keye_data.energon_source import FATAL, Encoder, WorkerBatch
 from keye_data.errors import DataError
 from keye_data.packing import Document
+from keye_data.pixels import PATCH, media_grid
 from keye_data.plain_state import from_plain, to_plain
 from keye_data.prefetch import Prefetch
-from keye_data.processor import PATCH, Processor, media_grid
+from keye_data.processor import Processor
 from keye_data.sample import IGNORE, Batch
 from keye_data.settings import DataConfig
 from keye_data.sources import open_sources

@@ -9,8 +9,7 @@ start and end tokens, are not: our default. Shapes: L tokens, P patches, N pictu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,26 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from keye_data.budget import FACTOR, TooSmallBudget, plan_frames, smart_resize, tokens_of, video_budget
+from keye_data.budget import TooSmallBudget, plan_frames, smart_resize, tokens_of, video_budget
 from keye_data.conversation import MALFORMED, media_names, normalise
 from keye_data.errors import DataError
 from keye_data.export import save_processor
 from keye_data.images import decode_image
+from keye_data.pixels import PATCH, broken, decode_pixels, media_grid
 from keye_data.positions import mrope_positions
 from keye_data.sample import IGNORE, EncodedSample, Media, pixel_values
 from keye_data.settings import DataConfig
-from keye_data.stretch import UNREADABLE, Blob, content
+from keye_data.stretch import Blob, content
 from keye_data.thinking import with_thinking
 from keye_data.tokenizer import ENDOFTEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
-from keye_data.video import Part, StoredClip, UnsupportedCodec, decode_chunks
+from keye_data.video import Part, StoredClip
 from keye_data.video.stored import TABLE
 
-PATCH = FACTOR // 2
 PLACEHOLDER = re.compile(r"<\|vision_start\|>(<\|image_pad\|>|<\|video_pad\|>)<\|vision_end\|>")
 # What the model has to write: from behind the header up to the end token, which it must learn too.
 ANSWER = re.compile(r"(?<=<\|im_start\|>assistant\n).*?<\|im_end\|>", re.DOTALL)
 KINDS = {IMAGE_PAD: "image", VIDEO_PAD: "video"}
-BROKEN = {"image": "undecodable picture", "video": "corrupt clip"}
 
 
 @dataclass
@@ -151,31 +149,7 @@ class Processor:
 
         Part by part and chunk by chunk: of the film and of frames at their own size little is in memory at a time.
         """
-        grid = media_grid(media)
-        patches = torch.empty(int(grid.prod(1).sum()), 3, PATCH, PATCH, dtype=torch.uint8)
-        at = 0
-        with _broken(media.kind, f"a {media.kind}", decoding=True):
-            for frames in self._frames(media):
-                if frames.shape[1:] != (*media.size, 3):
-                    raise DataError(f"decoded to {list(frames.shape[1:])}, not {[*media.size, 3]}")
-                tiles = _tiles(torch.as_tensor(frames))
-                if at + len(tiles) > len(patches):
-                    raise DataError(f"gives more than its {len(grid)} frames")
-                patches[at : at + len(tiles)] = tiles
-                at += len(tiles)
-            if at != len(patches):
-                raise DataError(f"gives fewer than its {len(grid)} frames")
-        return patches, grid
-
-    def _frames(self, media: Media) -> Iterator[np.ndarray]:
-        """uint8 [f, H, W, 3], in chunks."""
-        how = self.settings.video
-        for part in media.parts:
-            if media.kind == "image":
-                yield decode_image(content(part.data), size=media.size)[None]
-                continue
-            device = None if how.device == "auto" else how.device
-            yield from decode_chunks(part.data, np.asarray(part.frames), how.backend, media.size, device=device)
+        return decode_pixels(media, self.settings.video)
 
     @staticmethod
     def normalise(patches: torch.Tensor) -> torch.Tensor:
@@ -260,7 +234,7 @@ class Processor:
         return text, messages
 
     def _picture(self, piece: _Piece, data: Blob, name: str) -> None:
-        with _broken("image", name):
+        with broken("image", name):
             height, width, _ = decode_image(
                 content(data)
             ).shape  # decoded here too: a broken one is skipped, not masked
@@ -271,7 +245,7 @@ class Processor:
     def _clip(self, piece: _Piece, clip: StoredClip, name: str, room: int, clips: int) -> None:
         """Plans the frames of one of `clips` clips, which has `room` tokens of the sequence for itself."""
         limits = self.settings.video
-        with _broken("video", name):
+        with broken("video", name):
             info = clip.info
             marker = len(self.tokenizer.encode(self.timestamp(info.duration), add_special_tokens=False)) + 2
             budget = video_budget(info.duration, limits, clips)
@@ -322,34 +296,3 @@ class Processor:
         grids = np.concatenate([media_grid(item).numpy() for item in media]) if media else None
         positions = mrope_positions(input_ids, grids, self.image_token_id, self.video_token_id)
         return EncodedSample(key, source, input_ids, np.where(learn, input_ids, IGNORE), positions, media)
-
-
-def media_grid(media: Media) -> torch.Tensor:
-    """int64 [N, 2]: patches down and across, one row per picture or frame."""
-    return torch.tensor([[media.size[0] // PATCH, media.size[1] // PATCH]]).repeat(media.n_frames, 1)
-
-
-def _tiles(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 [f, H, W, 3] -> [f x H/14 x W/14, 3, 14, 14]."""
-    count, height, width, _ = frames.shape
-    tiles = frames.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
-    return tiles.reshape(-1, 3, PATCH, PATCH)
-
-
-@contextmanager
-def _broken(kind: str, name: str, decoding: bool = False) -> Iterator[None]:
-    """Whatever a decoder says about a broken file becomes one DataError that names it."""
-    try:
-        yield
-    except UnsupportedCodec as error:
-        if decoding:
-            raise  # the clip was readable: data.video.backend is the wrong choice, and no sample is at fault
-        raise DataError(f"{name}: {error}", "unsupported codec") from error
-    except DataError as error:
-        if error.reason == "too long":
-            raise
-        if error.reason in (UNREADABLE, "missing media"):  # not the file's fault, but its shard's
-            raise DataError(f"{name}: {error}", error.reason) from error
-        raise DataError(f"{name}: {error}", BROKEN[kind]) from error
-    except (ValueError, IndexError, OSError, RuntimeError, EOFError) as error:
-        raise DataError(f"{name}: {type(error).__name__}: {error}", BROKEN[kind]) from error
