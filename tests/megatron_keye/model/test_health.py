@@ -132,3 +132,24 @@ def test_nothing_to_choose_is_no_measurement():
     start, stop = documents(*[TOPK] * 8)
     vector = measure(*inputs(len(start)), start, stop, TOPK)
     assert not vector.any() and len(vector) == 1 + len(PER_QUERY) + 2 * GROUPS
+
+
+def test_no_tensor_grows_with_queries_times_keys():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor) and not func.is_view:
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    tokens = 4096
+    start, stop = documents(tokens)
+    with Largest() as seen:
+        vector = measure(*inputs(tokens, torch.float32), start, stop, 64)
+    assert int(vector[0]) == BLOCK * MOST_BLOCKS
+    assert tokens * HEADS * DIM <= seen.numel <= 2 * BLOCK * tokens * HEADS < tokens * tokens / 16
