@@ -58,6 +58,10 @@ def fit(recipe: Recipe, gpus: int, memory: int, hw: Hardware) -> Fit:
     """Raises UserError, with the nearest miss, where nothing fits in `memory` bytes less a reserve of 5 GiB."""
     if errors := value_errors(recipe) + model_errors(recipe.model) + mode_errors(recipe):
         raise UserError("\n".join(errors))
+    if memory <= RESERVE:
+        raise UserError(
+            f"memory={memory / GIB:g}GiB leaves nothing: {RESERVE // GIB} GiB are kept free on each GPU; give more"
+        )
     search = _Search(recipe, gpus, memory, hw)
     for tensor in TENSOR:
         search.contexts(tensor)

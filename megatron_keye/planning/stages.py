@@ -7,7 +7,7 @@ world is the smallest that the layout fits into: the time taken does not grow wi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 
 import torch.distributed as dist
@@ -88,7 +88,19 @@ def build_stages(recipe: Recipe, indices: Iterable[int] | None = None) -> list[S
     """
     if dist.is_initialized():
         raise UserError("a dry run needs a process of its own: this one already has process groups; start a fresh one")
+    recipe = on_a_gpu(recipe)
     return [_build_in_fake_world(recipe, index) for index in indices or range(recipe.parallel.pipeline)]
+
+
+def on_a_gpu(recipe: Recipe) -> Recipe:
+    """The recipe with the choices that it leaves to the machine taken as on a GPU: experts are grouped.
+
+    What only a GPU's packages can do is planned as what it stands in for: DeepEP as the plain exchange of tokens.
+    """
+    model, p = recipe.model, recipe.parallel
+    grouped = True if model.grouped_experts is None else model.grouped_experts
+    dispatcher = "alltoall" if p.dispatcher == "flex" else p.dispatcher
+    return replace(recipe, model=replace(model, grouped_experts=grouped), parallel=replace(p, dispatcher=dispatcher))
 
 
 def _build_in_fake_world(recipe: Recipe, index: int) -> Stage:

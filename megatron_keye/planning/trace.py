@@ -3,7 +3,7 @@
 The trainer's own Engine is built in a fake process group, and its step is run on ghosts (ghost.py). So activations, the
 buffers of the experts' exchange, logits, gathers and recomputation are those of the code and not of formulas about it.
 What is traced is small: one or two layers, one or two micro-batches. Layers are alike, and so are micro-batches: what one
-more of them adds is the difference of two traces (activations.py).
+more of them adds is the difference of two traces (survey.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron_keye.parallel import plan
 from megatron_keye.planning.ghost import Ghosts
 from megatron_keye.planning.ledger import Ledger, Phase
 from megatron_keye.planning.operators import stand_ins
+from megatron_keye.planning.stages import on_a_gpu
 from megatron_keye.training import engine
 from megatron_keye.training.engine import Engine
 
@@ -116,9 +117,8 @@ def traced(recipe: Recipe, stage: int = 0) -> Iterator[TracedStep]:
     """
     if dist.is_initialized():
         raise UserError("a dry run needs a process of its own: this one already has process groups; start a fresh one")
-    p, model = recipe.parallel, recipe.model
-    if model.grouped_experts is None:  # as on CUDA
-        recipe = replace(recipe, model=replace(model, grouped_experts=True))
+    recipe = on_a_gpu(recipe)
+    p = recipe.parallel
     world = p.pipeline * lcm(p.tensor * p.context, p.expert * p.expert_tensor)
     ledger = Ledger()
     tracker = moe_utils.get_moe_layer_wise_logging_tracker()  # global, and sized for the layers of the model that ran
@@ -202,14 +202,10 @@ def _places(ledger: Ledger) -> Iterator[None]:
 
 
 def small(recipe: Recipe, stages: int, layers: int, vision_layers: int) -> Recipe:
-    """The recipe with `layers` in each of `stages` stages, and as many vision layers.
-
-    What only a GPU's packages can do is planned as what they stand in for: DeepEP as the plain exchange of tokens.
-    """
-    dispatcher = "alltoall" if recipe.parallel.dispatcher == "flex" else recipe.parallel.dispatcher
+    """The recipe with `layers` in each of `stages` stages, and as many vision layers."""
     return replace(
         recipe,
         model=replace(recipe.model, num_layers=stages * layers, vision_layers=vision_layers),
-        parallel=replace(recipe.parallel, pipeline=stages, virtual_pipeline=None, dispatcher=dispatcher),
+        parallel=replace(recipe.parallel, pipeline=stages, virtual_pipeline=None),
         optimizer=replace(recipe.optimizer, offload_fraction=0.0),
     )

@@ -231,6 +231,15 @@ def test_command_line_needs_no_gpu_and_no_data(tmp_path):
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+def test_deepep_is_planned_without_its_package():
+    """As the plain exchange of tokens that it stands in for."""
+    plain, flex = (
+        make_plan(recipe("profile=mini", "parallel.expert=2", f"parallel.dispatcher={name}"), 2, H200)
+        for name in ("alltoall", "flex")
+    )
+    assert flex["step"] == plain["step"] and flex["stages"] == plain["stages"]
+
+
 def test_impossible_layout_names_the_nearest():
     with pytest.raises(UserError, match=r"parallel.tensor = 3 .* the nearest is"):
         dry_run(recipe("parallel.tensor=3"), 24)

@@ -52,6 +52,8 @@ def test_nothing_fits_names_the_nearest():
         fit(recipe, 1, RESERVE + GIB // 2, H200)
     with pytest.raises(UserError, match="its weights alone are too large"):
         fit(load_recipe(STAGE1), 2, 16 * GIB, H200)
+    with pytest.raises(UserError, match="memory=1GiB leaves nothing: 5 GiB are kept free"):
+        fit(recipe, 1, GIB, H200)
 
 
 def test_command_line(tmp_path, capsys):
