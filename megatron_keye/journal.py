@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 NAME = ".journal.json"
 BLOCK = 1 << 22  # bytes read at once
 SYNC = 1 << 28  # bytes after which the disk is set to work, while the next are made
+Item = TypeVar("Item")
 Advance = Callable[[int], object]  # told how many bytes were dealt with
 
 
@@ -112,6 +113,16 @@ class Summed:
         self._synced.append(self._beside.submit(os.fsync, self._file.fileno()))
         for answer in self._synced:
             answer.result()
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each made by a thread while the one before it is in use."""
+    making, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[Any] = thread.submit(next, making, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, making, end)
+            yield item
 
 
 def forget(folder: Path) -> None:

@@ -15,12 +15,14 @@ python tools/convert.py import --hf QWEN --vision-hf KEYE --indexers init --reci
 CKPT is a run's folder or its checkpoints folder (the newest iteration), or an iter_* folder. An imported one is of no
 layout: it loads under any number of tensor-, expert- and pipeline-parallel ranks. DIR may hold a layer's experts in two
 tensors or one by one. import and export hold a few tensors in memory, not the model; one that was stopped goes on where
-it stood when the same command is given again, and its --out appears only when it is whole.
+it stood when the same command is given again, and its --out appears only when it is whole. A checkpoint's .metadata is a
+pickle, which runs code as it is read: give export and verify no CKPT of a stranger's.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -64,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     command = commands.add_parser(
         "verify",
-        help="compare a Hugging Face folder with a checkpoint, tensor by tensor (tensors alone, not config.json)",
+        help="compare a Hugging Face folder with a checkpoint: config.json, and tensor by tensor",
     )
     command.add_argument("--hf", type=Path, required=True, metavar="DIR")
     command.add_argument("--ckpt", type=Path, required=True)
@@ -127,4 +129,5 @@ def new_model(args: argparse.Namespace) -> Any:
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bytes are moved, nothing is computed
+    gc.set_threshold(100_000)  # libraries make a million objects; a second goes by in searching them for cycles
     run_cli(main)

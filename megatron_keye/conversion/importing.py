@@ -52,24 +52,19 @@ def import_hf(
         tensors = [source.get(name) for name in entry.link.released]
         return entry.pieces([tensor if dtype is None else tensor.to(dtype) for tensor in tensors])
 
-    was_there = out.is_dir()
     folder = checkpoint.iteration_folder(out, 0)
-    try:
-        with publishing(folder, resume=True) as draft:
-            journal = Journal(draft, _described(hf, cfg, dtype, start, file_bytes))
-            if journal.news:
-                say(journal.news)
-            total = sum(entry.parameter.numel() * dtypes[entry.parts[0].key].itemsize for entry in wanted)
-            with progress("writing", total) as advance:
-                # Megatron warns of a folder that is not empty, as one that is gone on with never is.
-                logging.getLogger(dist_checkpointing.serialization.__name__).setLevel(logging.ERROR)
-                writer = Streamed(wanted, dtypes, pieces, journal, advance, file_bytes)
-                dist_checkpointing.save(state, str(draft), writer, content_metadata=None)
-            _write_beside(draft, cfg, journal)
-    finally:
-        if not was_there and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-    (out / checkpoint.LATEST).write_text("0")
+    with publishing(folder, resume=True) as draft:
+        journal = Journal(draft, _described(hf, cfg, dtype, start, file_bytes))
+        if journal.news:
+            say(journal.news)
+        total = sum(entry.parameter.numel() * dtypes[entry.parts[0].key].itemsize for entry in wanted)
+        with progress("writing", total) as advance:
+            # Megatron warns of a folder that is not empty, as one that is gone on with never is.
+            logging.getLogger(dist_checkpointing.serialization.__name__).setLevel(logging.ERROR)
+            writer = Streamed(wanted, dtypes, pieces, journal, advance, file_bytes)
+            dist_checkpointing.save(state, str(draft), writer, content_metadata=None)
+        _write_beside(draft, cfg, journal)
+    checkpoint.point_to(out, 0)
     return folder
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -45,7 +44,7 @@ class Stored:
 
     def __init__(self, path: str | Path, dtype: torch.dtype | None = None, progress: Progress = quiet):
         self.folder, self.dtype, self.frozen = locate(path), dtype, 0
-        self.sums = _sums(self.folder / "checksums.json")
+        self.sums = checkpoint.recorded(self.folder)
         self._verify(progress)
         where = str(self.folder / "model.json")
         saved = checkpoint.saved_model(self.folder)
@@ -68,10 +67,18 @@ class Stored:
         return [tensor if self.dtype is None else tensor.to(self.dtype) for tensor in entry.released(its)]
 
     def _verify(self, progress: Progress) -> None:
-        with progress("checking", sum(size for _, size in self.sums.values())) as advance:
-            for i, name in enumerate(sorted(self.sums)):  # the order in which `verify` deals files out
-                checkpoint.verify(self.folder, i, len(self.sums))
-                advance(self.sums[name][1])
+        names = sorted(self.sums)  # the order in which `verify` deals files out
+        with (
+            progress("checking", sum(size for _, size in self.sums.values())) as advance,
+            ThreadPoolExecutor(4) as pool,
+        ):
+            checks = [pool.submit(checkpoint.verify, self.folder, i, len(names)) for i in range(len(names))]
+            try:
+                for name, check in zip(names, checks):
+                    check.result()
+                    advance(self.sums[name][1])
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _region(self, part: ShardedTensor) -> Region:
         sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
@@ -97,17 +104,6 @@ class Stored:
                 f"{self.folder} holds {self.regions.dtype(narrow[0])} weights and no optimizer state, so there are no "
                 "fp32 values to export; leave --dtype out, or give a checkpoint of the run itself"
             )
-
-
-def _sums(file: Path) -> dict[str, Any]:
-    """[crc32, size] of each file beside it. Raises UserError for one that cannot be read or leaves the weights out."""
-    try:
-        sums = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}); use another checkpoint") from error
-    if not isinstance(sums, dict) or not {".metadata", "model.json"} <= sums.keys():
-        raise UserError(f"{file} is damaged: it does not list every file; use another checkpoint")
-    return sums
 
 
 class _Reading:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_keye.conversion.archives import around
 from megatron_keye.conversion.entries import Entry
-from megatron_keye.journal import Advance, Journal, Summed
+from megatron_keye.journal import Advance, Journal, Summed, ahead
 
 FILE_BYTES = 2_000_000_000
 ALIGNED = 64  # where pieces begin, so that their values can be mapped
@@ -67,8 +67,9 @@ class Streamed(SaveShardedStrategy):
             if record is None:
                 record = []
                 with self.journal.writing(file, record) as stream:
-                    for item in run:
-                        record += self._write(stream, item)
+                    for archive, nbytes in ahead(self._archives(run)):
+                        record.append(_write(stream, archive))
+                        self.advance(nbytes)
             wheres = [where for item in run for where in _wheres(item)]
             storage |= {where: _StorageInfo(file, *place) for where, place in zip(wheres, record, strict=True)}
         metadata = Metadata(self._described(items), None, storage)
@@ -87,29 +88,21 @@ class Streamed(SaveShardedStrategy):
             size += nbytes
         yield run
 
-    def _write(self, stream: Summed, item: Entry | ShardedObject) -> Iterator[list[int]]:
-        """-> [offset, length] of each piece"""
-        for archive in self._archives(item):
-            stream.write(bytes(-stream.size % ALIGNED))
-            start = stream.size
-            for part in archive:
-                stream.write(part)
-            yield [start, stream.size - start]
-        if isinstance(item, Entry):
-            self.advance(self.nbytes(item))
-
-    def _archives(self, item: Entry | ShardedObject) -> Iterator[tuple[Any, ...]]:
-        """What torch.save would write of each piece: its bytes, in parts."""
-        if isinstance(item, ShardedObject):
-            whole = io.BytesIO()
-            torch.save([item.data], whole)
-            yield (whole.getbuffer(),)
-            return
-        for part, piece in zip(item.parts, self.pieces(item), strict=True):
-            if piece.shape != part.local_shape or piece.dtype is not self.dtypes[part.key]:
-                raise RuntimeError(f"{part.key} is {part.local_shape}, but {list(piece.shape)} of {piece.dtype} came")
-            before, after = around(_sizes(part), piece.dtype)
-            yield before, piece.contiguous().flatten().view(torch.uint8).numpy(), after
+    def _archives(self, items: Sequence[Entry | ShardedObject]) -> Iterator[tuple[list[Any], int]]:
+        """What torch.save would write of each piece: its bytes, in parts; and how many of them are values."""
+        for item in items:
+            if isinstance(item, ShardedObject):
+                whole = io.BytesIO()
+                torch.save([item.data], whole)
+                yield [whole.getbuffer()], 0
+                continue
+            for part, piece in zip(item.parts, self.pieces(item), strict=True):
+                if piece.shape != part.local_shape or piece.dtype is not self.dtypes[part.key]:
+                    raise RuntimeError(
+                        f"{part.key} is {part.local_shape}, but {list(piece.shape)} of {piece.dtype} came"
+                    )
+                before, after = around(_sizes(part), piece.dtype)
+                yield [before, piece.contiguous().flatten().view(torch.uint8).numpy(), after], piece.nbytes
 
     def _described(self, items: list[ShardedTensor | ShardedObject]) -> dict[str, Any]:
         described: dict[str, Any] = {}
@@ -123,6 +116,15 @@ class Streamed(SaveShardedStrategy):
             )
             whole.chunks.append(ChunkStorageMetadata(torch.Size(item.global_offset), torch.Size(_sizes(item))))
         return described
+
+
+def _write(stream: Summed, archive: Sequence[Any]) -> list[int]:
+    """-> [offset, length]"""
+    stream.write(bytes(-stream.size % ALIGNED))
+    start = stream.size
+    for part in archive:
+        stream.write(part)
+    return [start, stream.size - start]
 
 
 def _sizes(part: ShardedTensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder against a checkpoint, tensor by tensor, bit by bit."""
+"""A Hugging Face folder against a checkpoint: its config.json, and tensor by tensor, bit by bit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from megatron_keye.conversion.parts import Say
 from megatron_keye.conversion.progress import Progress, quiet
 from megatron_keye.conversion.stored import Stored
+from megatron_keye.model.hf_config import differences
 from megatron_keye.model.hf_files import Checkpoint
 from megatron_keye.model.hf_stream import Lazy
 
@@ -18,19 +19,22 @@ CHUNK = 1 << 26  # values compared at once
 def verify(
     hf: Path, ckpt: Path, dtype: torch.dtype | None = None, progress: Progress = quiet, say: Say = print
 ) -> bool:
-    """Compares names, shapes, dtypes and bits, and says every difference; True when there is none.
+    """Compares configurations, names, shapes, dtypes and bits, and says every difference; True when there is none.
 
     Raises UserError for files that cannot be read: a shard cut short, an index that names what no shard holds.
     """
     files, stored = Checkpoint(hf), Stored(ckpt, dtype, progress)
+    unlike = differences(hf, stored.cfg)
+    for key, theirs, ours in unlike:
+        say(f"config: {key} is {theirs} in {hf / 'config.json'} and {ours} in the checkpoint")
     tensors = dict(stored.tensors())
     differing = 0
     with progress("comparing", sum(tensor.nbytes for tensor in tensors.values())) as advance:
-        for name, ours in tensors.items():
-            if fault := _difference(name, ours, files):
+        for name, tensor in tensors.items():
+            if fault := _difference(name, tensor, files):
                 differing += 1
                 say(fault)
-            advance(ours.nbytes)
+            advance(tensor.nbytes)
     extra = [name for name in files.names() if name not in tensors]
     for name in extra:
         say(f"extra: {name} is in {hf} and not in the checkpoint")
@@ -39,7 +43,7 @@ def verify(
         say(f"{differing} of {len(tensors) + len(extra)} tensors differ between {hf} and {stored.folder}")
     else:
         say(f"{len(tensors)} tensors of {hf} equal those of {stored.folder}, bit for bit")
-    return differing == 0
+    return not differing and not unlike
 
 
 def _difference(name: str, ours: Lazy, files: Checkpoint) -> str | None:

@@ -153,6 +153,19 @@ def config_dict(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
     return config | _write(cfg, TOKENS) | marks
 
 
+def differences(folder: str | Path, cfg: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """(key, value in config.json of `folder`, value in `cfg`) of all that a config.json says and that differs.
+
+    Raises UserError as read_config does.
+    """
+    theirs, ours = read_config(folder), _with_default_sections(cfg)
+    keys = [*LANGUAGE, "rope_theta", "vision_layers"]
+    if theirs.vision_layers and ours.vision_layers:
+        keys += [*INDEXER, *VISION, *TOKENS, "mrope_section", "mrope_layout", "vision_position_grid"]
+    pairs = [(key, getattr(theirs, key), getattr(ours, key)) for key in dict.fromkeys(keys)]
+    return [(key, there, here) for key, there, here in pairs if there != here]
+
+
 # ---- inside
 
 

@@ -209,19 +209,19 @@ def _stacked(layer: str, parts: dict[tuple[int, str], Lazy]) -> Iterator[Named]:
     experts = range(len(parts) // 3)
     dtype, (ffn, hidden) = parts[0, "gate_proj"].dtype, parts[0, "gate_proj"].shape
 
-    # Buffers for all experts: large blocks that come and go would leave the heap in pieces, and it would grow.
+    # Buffers for all experts: large blocks that come and go would leave the heap in pieces, and it would grow. Of what is
+    # given away there are two, in turn.
     def pairs() -> Iterator[torch.Tensor]:
-        rows, both = torch.empty(2 * ffn, hidden, dtype=dtype), torch.empty(hidden, 2 * ffn, dtype=dtype)
+        rows, both = torch.empty(2 * ffn, hidden, dtype=dtype), torch.empty(2, hidden, 2 * ffn, dtype=dtype)
         for e in experts:
             rows[:ffn] = parts[e, "gate_proj"].get()
             rows[ffn:] = parts[e, "up_proj"].get()
-            yield both.copy_(rows.T)  # a whole matrix turns four times as fast as its halves
+            yield both[e % 2].copy_(rows.T)  # a whole matrix turns four times as fast as its halves
 
     def downs() -> Iterator[torch.Tensor]:
-        down = torch.empty(ffn, hidden, dtype=dtype)
+        down = torch.empty(2, ffn, hidden, dtype=dtype)
         for e in experts:
-            down.copy_(parts[e, "down_proj"].get().T)
-            yield down
+            yield down[e % 2].copy_(parts[e, "down_proj"].get().T)
 
     yield f"{layer}gate_up_proj", Lazy((len(experts), hidden, 2 * ffn), dtype, pairs)
     yield f"{layer}down_proj", Lazy((len(experts), ffn, hidden), dtype, downs)
@@ -269,12 +269,17 @@ def publishing(folder: str | Path, resume: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes its name when the block ends and is gone when the block fails.
 
     With `resume` it stays where a Journal in it tells of finished files, and the next block for the same folder finds it.
-    Raises UserError where `folder` holds something already, and for a disk that refuses to be written to.
+    All is on disk before the name appears. Raises UserError where `folder` holds something already, for a disk that
+    refuses to be written to, and for a file that cannot be read meanwhile.
     """
+    for part in (Path(folder), *Path(folder).parents):
+        if part.is_symlink() and not part.exists():
+            raise UserError(f"{part} is a link to {part.readlink()}, which is not there; name a folder")
     folder, kept = Path(folder).resolve(), 0
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; remove it or name another folder")
     draft = folder.with_name(f".{folder.name}.partial")
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         draft.mkdir(parents=True, exist_ok=True)
         with _claim(draft):
@@ -283,18 +288,42 @@ def publishing(folder: str | Path, resume: bool = False) -> Iterator[Path]:
                     _empty(draft)
                 yield draft
                 forget(draft)
+                for path in (*(file for file in draft.rglob("*") if file.is_file()), draft):
+                    _sync(path)
                 os.replace(draft, folder)
+                _sync(folder.parent)
             finally:
                 kept = finished_files(draft) if resume else 0
                 if not kept:
                     shutil.rmtree(draft, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        advice = (
-            f"{kept} finished files are kept in {draft}; free space, and the same command goes on from there"
-            if kept
-            else "nothing was left behind; free space there or name another folder"
-        )
-        raise UserError(f"{folder} could not be written ({error}); {advice}") from error
+    except OSError as error:
+        left = f"{kept} finished files are kept in {draft}" if kept else "nothing was left behind"
+        if error.filename is not None and not _on_the_way(Path(error.filename), draft):
+            raise UserError(
+                f"{error.filename} could not be read ({error}), so {folder} was not written; {left}; put that right and "
+                "give the command again"
+            ) from error
+        advice = "free space, and the same command goes on from there" if kept else "free space or name another folder"
+        raise UserError(f"{folder} could not be written ({error}); {left}; {advice}") from error
+    finally:
+        if not folder.exists():
+            with contextlib.suppress(OSError):  # something is in one of them
+                for parent in made:
+                    parent.rmdir()
+
+
+def _on_the_way(path: Path, draft: Path) -> bool:
+    """It is the draft, in it, or above it: where things are written."""
+    path = path.absolute()
+    return path.is_relative_to(draft) or draft.is_relative_to(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

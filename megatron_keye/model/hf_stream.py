@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from megatron_keye.journal import Advance, Summed
+from megatron_keye.journal import Advance, Summed, ahead
 
 # As safetensors names them.
 NAMES = {
@@ -27,7 +27,7 @@ NAMES = {
 class Lazy:
     """A tensor that is made when it is asked for. `blocks` gives its rows, in order, some at a time.
 
-    A block is good until the next one is asked for.
+    A block is good until the next but one is asked for.
     """
 
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ def write_shard(out: Summed, tensors: Sequence[Named], advance: Advance) -> None
     out.write(struct.pack("<Q", len(text)) + text)
     for name, tensor in tensors:
         before = out.size
-        for block in tensor.blocks():
+        for block in ahead(tensor.blocks()):
             if block.dtype is not tensor.dtype:
                 raise RuntimeError(f"{name} was announced as {tensor.dtype} and came as {block.dtype}")
             advance(out.write(block.cpu().contiguous().flatten().view(torch.uint8).numpy()))

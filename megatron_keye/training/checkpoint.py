@@ -58,6 +58,13 @@ def newest(root: Path) -> Path | None:
     return next(iter(complete(root)[::-1]), None)
 
 
+def point_to(root: Path, iteration: int) -> None:
+    """The pointer that Megatron's own tools read names this one; it is never half written."""
+    pointer = root / f".{LATEST}"
+    pointer.write_text(str(iteration))
+    os.replace(pointer, root / LATEST)
+
+
 @dataclasses.dataclass
 class Progress:
     iteration: int = 0
@@ -166,9 +173,7 @@ class Checkpointer:
         (draft / "checksums.json").write_text(json.dumps(everything, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
-        pointer = self.root / f".{LATEST}"
-        pointer.write_text(str(int(folder.name.removeprefix("iter_"))))
-        os.replace(pointer, self.root / LATEST)
+        point_to(self.root, int(folder.name.removeprefix("iter_")))
         for old in complete(self.root)[: -self.keep]:
             shutil.rmtree(old)
 
@@ -221,12 +226,30 @@ def saved_model(folder: Path) -> dict[str, Any]:
 
 def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
     """Every file is there, whole and unchanged; the ranks share the reading. Raises UserError naming the first that is not."""
-    recorded = sorted(json.loads((folder / "checksums.json").read_text()).items())
-    for name, sums in recorded[rank::world_size]:
+    for name, sums in sorted(recorded(folder).items())[rank::world_size]:
         file = folder / name
-        if not file.is_file() or checksum(file) != sums:
-            state = "is missing" if not file.is_file() else "is damaged"
+        try:
+            state = None if checksum(file) == sums else "is damaged"
+        except FileNotFoundError:
+            state = "is missing"
+        except OSError as error:
+            state = f"cannot be read ({error})"
+        if state is not None:
             raise UserError(f"{file} {state}; remove the folder, and the run goes on from the checkpoint before it")
+
+
+def recorded(folder: Path) -> dict[str, list[int]]:
+    """[crc32, size] of each file. Raises UserError for a list that cannot be read or leaves the weights out."""
+    file = folder / "checksums.json"
+    try:
+        sums = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); use another checkpoint") from error
+    needed = {".metadata", "model.json", *(shard.name for shard in folder.glob("*.distcp"))}
+    pairs = isinstance(sums, dict) and all(isinstance(pair, list) and len(pair) == 2 for pair in sums.values())
+    if not pairs or not needed <= sums.keys():
+        raise UserError(f"{file} is damaged: it does not list every file; use another checkpoint")
+    return sums
 
 
 def checksum(file: Path) -> list[int]:

@@ -21,6 +21,7 @@ from megatron_keye.errors import UserError
 from megatron_keye.model.hf_files import INDEX, Checkpoint
 from megatron_keye.parallel import plan
 from megatron_keye.parallel.plan import initialize
+from megatron_keye.training import checkpoint
 from megatron_keye.training.checkpoint import Checkpointer
 from megatron_keye.training.engine import Engine
 from tests.parallel.launch import launch
@@ -183,6 +184,7 @@ def test_verify_names_each_difference_and_fails(exported_run, damage, expected, 
         tensors |= load_file(shard)
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(hf / "config.json", tmp_path)
     assert main(["verify", "--hf", str(tmp_path), "--ckpt", str(ckpt)]) == 1
     faults = capsys.readouterr().out.splitlines()
     assert re.match(expected, faults[0])
@@ -206,6 +208,25 @@ def test_verify_names_what_is_wrong_in_fused_experts(exported_run, tmp_path, cap
     for fault, name in zip(faults, ("0.mlp.experts.5.gate_proj", "0.mlp.experts.5.up_proj")):
         assert fault == f"differs: model.layers.{name}.weight in 1 of 4096 values"
     assert re.match(r"differs: model\.layers\.1\.mlp\.experts\.2\.down_proj\.weight .*; it is transposed$", faults[2])
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "ours"),
+    [
+        ("", "rope_theta", 1e6, "rope_theta is 1000000.0"),
+        ("sa_config", "topk", 7, "topk is 7"),
+        ("vision_config", "layer_norm_eps", 1e-3, "vision_layer_norm_eps is 0.001"),
+        ("rope_scaling", "mrope_section", [12, 10, 10], r"mrope_section is \[12, 10, 10\]"),
+    ],
+)
+def test_verify_names_what_config_json_says_otherwise(exported_run, section, key, value, ours, tmp_path, capsys):
+    folder = Path(shutil.copytree(exported_run[0], tmp_path / "hf"))
+    config = json.loads((folder / "config.json").read_text())
+    (config[section] if section else config)[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["verify", "--hf", str(folder), "--ckpt", str(exported_run[1])]) == 1
+    fault, _ = capsys.readouterr().out.splitlines()
+    assert re.match(rf"config: {ours} in .*config\.json and .* in the checkpoint$", fault)
 
 
 def _ghost(folder: Path) -> None:
@@ -243,10 +264,13 @@ def test_damaged_checkpoint_is_refused_by_name(bf16_run, tmp_path):
         export(tmp_path, tmp_path / "hf")
     with pytest.raises(UserError, match="no complete checkpoint"):
         export(tmp_path / "nowhere", tmp_path / "hf")
-    for text in ("{", "[]", "{}"):
+    listed = json.loads((folder / "checksums.json").read_text())
+    without = {name: pair for name, pair in listed.items() if name != shard.name}
+    for text in ("{", "[]", "{}", json.dumps(without), json.dumps(dict.fromkeys(listed, 1))):
         (folder / "checksums.json").write_text(text)
-        with pytest.raises(UserError, match=r"checksums\.json is damaged"):
-            export(tmp_path, tmp_path / "hf")
+        for reading in (lambda: export(tmp_path, tmp_path / "hf"), lambda: checkpoint.verify(folder)):
+            with pytest.raises(UserError, match=r"checksums\.json is damaged"):
+                reading()
 
 
 def test_import_never_writes_over_checkpoints(exported_run):
@@ -298,7 +322,7 @@ def test_a_mistake_is_one_line(tmp_path):
 def test_a_failed_write_leaves_nothing(exported_run, tmp_path):
     hf, ckpt = exported_run
     limit = "ulimit -f 200"  # KiB: no file may grow larger, as on a disk that is full
-    imported = convert("import", "--hf", hf, "--out", tmp_path / "ckpt", shell_limit=limit)
+    imported = convert("import", "--hf", hf, "--out", tmp_path / "new" / "folders" / "ckpt", shell_limit=limit)
     exported = convert("export", "--ckpt", ckpt, "--out", tmp_path / "hf", shell_limit=limit)
     for done in (imported, exported):
         assert done.returncode == 1 and "Traceback" not in done.stderr

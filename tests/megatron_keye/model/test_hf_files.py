@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -152,3 +153,42 @@ def test_an_empty_folder_is_filled_and_a_full_one_kept(tmp_path):
     with pytest.raises(UserError, match="not empty"), publishing(tmp_path / "x"):
         pass
     assert len(Checkpoint(tmp_path / "x").names()) == len(TENSORS)
+
+
+def test_folders_made_on_the_way_go_with_a_failure(tmp_path):
+    (tmp_path / "was").mkdir()
+    with pytest.raises(ZeroDivisionError), publishing(tmp_path / "was" / "a" / "b" / "x"):
+        raise ZeroDivisionError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "was"]
+
+
+def test_a_file_that_cannot_be_read_is_not_put_down_to_the_disk(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"source/shard could not be read .*, so .*/x was not written"),
+        publishing(tmp_path / "x"),
+    ):
+        (tmp_path / "source" / "shard").read_bytes()
+    with pytest.raises(UserError, match=r"/x could not be written .*kept\.json"), publishing(tmp_path / "x") as draft:
+        (draft / "no" / "kept.json").write_bytes(b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_nothing_is_not_followed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for folder in (tmp_path / "link", tmp_path / "link" / "x"):
+        with pytest.raises(UserError, match=r"link is a link to .*gone, which is not there"), publishing(folder):
+            pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "link"]
+
+
+def test_all_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
+    synced: list[str] = []
+
+    def watch(handle: int, fsync=os.fsync) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}").replace(str(tmp_path), ""))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    with publishing(tmp_path / "x") as draft:
+        (draft / "config.json").write_text("{}")
+    assert synced == ["/.x.partial/config.json", "/.x.partial", ""]
