@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import random
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 
+import keye_data.energon_source
 from keye_data.accounting import Account
+from keye_data.errors import DataError
 from keye_data.loader import Loader
 from keye_data.processor import Processor
 from keye_data.settings import DataConfig, ImageConfig, SourceConfig, VideoConfig
@@ -111,8 +114,7 @@ def shards(tmp_path_factory, make_clip, make_picture) -> tuple[Path, set[str], d
     return folder, *expected
 
 
-def run(tokenizer, folder: Path, ranks: int, workers: int, **changes) -> tuple[list[str], list, Account]:
-    """One epoch of all ranks: keys of the samples used, those reported, and the account."""
+def open_loader(tokenizer, folder: Path, rank: int = 0, ranks: int = 1, workers: int = 0, **changes) -> Loader:
     settings = DataConfig(
         tokenizer="-",
         sources=[SourceConfig(str(folder))],
@@ -124,10 +126,15 @@ def run(tokenizer, folder: Path, ranks: int, workers: int, **changes) -> tuple[l
         video=VideoConfig(min_frame_tokens=4, max_frame_tokens=6),
         **changes,
     )
+    processor = Processor(tokenizer, settings)
+    return Loader(settings, processor, rank=rank, world_size=ranks, micro_batch_size=3, seed=5, repeat=False)
+
+
+def run(tokenizer, folder: Path, ranks: int, workers: int, **changes) -> tuple[list[str], list, Account]:
+    """One epoch of all ranks: keys of the samples used, those reported, and the account."""
     batches = []
     for rank in range(ranks):
-        processor = Processor(tokenizer, settings)
-        loader = Loader(settings, processor, rank=rank, world_size=ranks, micro_batch_size=3, seed=5, repeat=False)
+        loader = open_loader(tokenizer, folder, rank, ranks, workers, **changes)
         batches += list(loader)
         loader.close()
     masked = {one.key for batch in batches for one in batch.bad if one.masked}
@@ -148,12 +155,7 @@ def test_every_good_sample_once_and_every_bad_one_named(tokenizer, shards, ranks
 
 def test_a_cut_shard_loses_its_end_only(tokenizer, shards, tmp_path):
     folder, good, bad = shards
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in folder.rglob("*"):
-        if file.is_file():
-            (copy / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / file.relative_to(folder)).write_bytes(file.read_bytes())
+    copy = shutil.copytree(folder, tmp_path / "copy")
     tar = copy / "part-003.tar"
     with tarfile.open(tar) as opened:
         cut = next(entry for entry in opened if entry.name.startswith("0072."))
@@ -164,6 +166,54 @@ def test_a_cut_shard_loses_its_end_only(tokenizer, shards, tmp_path):
     unreadable = {one.key for one in reported if one.reason == "unreadable shard"}
     assert unreadable == {f"{tar}/sample {i}" for i in range(72, 80)}
     assert account.epochs({str(copy): len(good) + len(bad)}) == {str(copy): 1.0}
+
+
+def test_what_energon_drops_is_named_too(tokenizer, shards, monkeypatch):
+    """Energon itself drops a batch that cannot be made; nothing else is lost with it."""
+    folder, good, bad = shards
+    first = min(good)
+    collate, dropped = keye_data.energon_source.collate, []
+
+    def collate_most(rows, *rest):
+        keys = [sample.key for row in rows for sample in row]
+        if first in keys:
+            dropped.extend(keys)
+            raise ValueError("no such batch")
+        return collate(rows, *rest)
+
+    monkeypatch.setattr(keye_data.energon_source, "collate", collate_most)
+    used, reported, account = run(tokenizer, folder, 1, 0)
+    assert len(dropped) > 1 and sorted(used) == sorted(good - set(dropped))
+    named = {one.key: one for one in reported}
+    assert set(named) == set(bad) | set(dropped) and len(reported) == len(named)
+    assert all(named[key].reason == "dropped by Energon" and "no such batch" in named[key].message for key in dropped)
+    assert account.epochs({str(folder): len(good) + len(bad)}) == {str(folder): 1.0}
+
+
+def test_data_that_changed_under_a_checkpoint_is_refused(tokenizer, shards, tmp_path):
+    """The saved buffers point to samples that can no longer be read: going on without them would be another order."""
+    folder, _, _ = shards
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    loader = open_loader(tokenizer, copy)
+    next(loader)
+    state = loader.state_dict()
+    for tar in copy.glob("*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    resumed = open_loader(tokenizer, copy)
+    resumed.load_state_dict(state)
+    with pytest.raises(
+        DataError, match=r"not what it was when the checkpoint was written; put it back as it was: .*/copy/"
+    ):
+        next(resumed)
+
+
+def test_a_damaged_index_is_refused_before_the_first_batch(tokenizer, shards, tmp_path):
+    folder, _, _ = shards
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    index = copy / "part-004.tar.idx"
+    index.write_bytes(index.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"part-004\.tar\.idx is missing or damaged; build it"):
+        open_loader(tokenizer, copy)
 
 
 def test_documents_may_be_cut_instead_of_skipped(tokenizer, shards):

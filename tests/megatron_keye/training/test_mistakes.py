@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -129,4 +131,13 @@ def test_broken_samples_are_skipped_counted_and_named(qwen_tiktoken: Path, tmp_p
     assert len(reasons) >= 3, reasons
     assert text.count("skipped,") >= 4, text
     assert "train-0-000005" in text or "000005" in text
+    report = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert Counter(line["reason"] for line in report) == reasons
+    assert all(line["key"] in line["message"] and 1 <= line["iteration"] <= 8 for line in report)
+    assert {f"{tmp_path}/clip_shards", f"{tmp_path}/picture_shards"} == {line["source"] for line in report}
+    by_source = last_row["consumed-samples-by-source"]
+    assert sum(by_source.values()) == last_row["consumed samples"] and len(by_source) == 2
+    left_out = Counter(line["source"] for line in report if not line["masked"])
+    for source, size in ((f"{tmp_path}/clip_shards", 60), (f"{tmp_path}/picture_shards", 20)):
+        assert last_row["epochs-by-source"][source] == (by_source[source] + left_out[source]) / size
     shutil.rmtree(tmp_path / "run")

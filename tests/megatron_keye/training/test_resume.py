@@ -12,7 +12,10 @@ import psutil
 import pytest
 from training_runs import command, finish, metrics, start
 
-EXACT = ("iteration", "lm loss", "grad-norm", "sample-keys", "consumed samples", "learning-rate")
+EXACT = (
+    *("iteration", "lm loss", "grad-norm", "sample-keys", "consumed samples", "learning-rate"),
+    *("consumed-samples-by-source", "epochs-by-source", "skipped-samples-by-reason"),
+)
 
 
 def same(a: list[dict], b: list[dict]) -> bool:
