@@ -33,7 +33,8 @@ def draw_recall(run_dir: Path, out: Path) -> None:
     above.legend(fontsize=8, loc="lower right")
     by_layer = torch.tensor([row[f"{RECALL}-by-layer"] for row in rows]).T  # [layers, measurements]
     _heat(figure, below, by_layer, "layer", "mass of dense attention found")
-    _ticks(below, [str(step) for step in steps], "step")
+    _ticks(below.xaxis, [str(step) for step in steps])
+    below.set_xlabel("step")
     _save(figure, out)
 
 
@@ -52,6 +53,7 @@ def draw_frames(model: Any, inputs: dict[str, Tensor], out: Path, title: str = "
     _heat(figure, above, shares.mean(0), "token behind the clip", "share of the frame selected, mean over layers")
     _heat(figure, below, shares.mean(1), "layer", "share of the frame selected, mean over tokens")
     for axes in (above, below):
+        _ticks(axes.xaxis, [str(frame) for frame in range(shares.shape[2])])
         axes.set_xlabel("frame")
     figure.suptitle(title or f"{shares.shape[2]} frames, top-k {cfg.topk} of {len(frame_of)} tokens", fontsize=9)
     _save(figure, out)
@@ -107,14 +109,15 @@ def _figure(width: float, height: float) -> Any:
 
 def _heat(figure: Any, axes: Any, values: Tensor, rows: str, label: str) -> None:
     image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", vmin=0, vmax=1, origin="lower")
+    _ticks(axes.yaxis, [str(row) for row in range(1, len(values) + 1)])
     axes.set_ylabel(rows)
     figure.colorbar(image, ax=axes, label=label)
 
 
-def _ticks(axes: Any, names: list[str], label: str) -> None:
-    every = max(1, len(names) // 10)
-    axes.set_xticks(range(0, len(names), every), names[::every])
-    axes.set_xlabel(label)
+def _ticks(axis: Any, names: list[str]) -> None:
+    """Ten at most, so that they can be read."""
+    every = -(-len(names) // 10)
+    axis.set_ticks(range(0, len(names), every), names[::every])
 
 
 def _save(figure: Any, out: Path) -> None:
