@@ -36,6 +36,8 @@ def _model_errors(recipe: Recipe) -> list[str]:
             errors.append(
                 f"parallel.virtual_pipeline = {virtual} needs parallel.pipeline of 2 or more; the nearest is null"
             )
+        elif virtual == 1:
+            errors.append("parallel.virtual_pipeline = 1 interleaves nothing; the nearest is null")
         elif layers % virtual:
             near = nearest_of(virtual, divisors(layers))
             errors.append(

@@ -62,6 +62,7 @@ LAYOUT_FAULTS = [
     (6, {"parallel__expert": 2, "parallel__expert_tensor": 3}, ["parallel.expert_tensor = 3", "the nearest is 2"]),
     (3, {"parallel__pipeline": 3}, ["parallel.pipeline = 3", "num_layers (4)", "the nearest is 2"]),
     (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 3}, ["virtual_pipeline = 3", "the nearest is 2"]),
+    (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 1}, ["virtual_pipeline = 1", "the nearest is null"]),
     (1, {"parallel__virtual_pipeline": 2}, ["parallel.virtual_pipeline = 2", "pipeline of 2 or more"]),
     (2, {"parallel__context": 2, "data__seq_length": 1026}, ["data.seq_length = 1026", "1024 or 1028"]),
     (2, {"parallel__tensor": 2, "parallel__expert": 2, "data__seq_length": 1025}, ["1025", "1024 or 1026"]),
