@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; %(default)s here"
     )
     group.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster whose machines see SOURCE "
-                       "and DIR under the same paths; without ADDRESS the one that is found, or a new one here")  # fmt: skip
+                       "and DIR under the same paths: host:port, auto for one that runs here, local for a new one; without "
+                       "ADDRESS that in RAY_ADDRESS, else local")  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -119,14 +120,19 @@ def _build(given: argparse.Namespace, options: Options) -> None:
     waiting = finished_shards(given.out)
     if waiting:
         print(f"going on: {waiting} shards are finished, and checked first", flush=True)
-    pool: Callable[[], Pool] = lambda: Processes(given.workers)  # noqa: E731
+    workers, shards = given.workers, 1
+    pool: Callable[[], Pool] = lambda: Processes(min(workers, shards))  # noqa: E731
     if given.ray is not None:
-        pool = lambda: Ray(given.ray, given.workers)  # noqa: E731
+        pool = lambda: Ray(given.ray, workers)  # noqa: E731
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("samples", total=None)
         total = sum(1 for _ in read_source(given.source, str(options.format)))
         progress.update(bar, total=total)
+        shards = max(1, -(-total // options.samples_per_shard))
+        if shards < min(workers, total):
+            share = -(-total // workers)
+            progress.print(f"{shards} processes have work, {workers} might: --samples-per-shard {share} would do that")
         done = build(given.source, given.out, options, pool=pool, progress=lambda count: progress.advance(bar, count))
     print(f"{given.out}: {done.samples} samples in {done.shards} shards" + (f", {done.kept} kept" if done.kept else ""))
     if done.bad:

@@ -101,12 +101,14 @@ def test_processes_give_the_same_bytes(source, tmp_path):
 def test_ray_gives_the_same_bytes(source, tmp_path):
     options = Options(samples_per_shard=3)
     build(source, tmp_path / "alone", options)
-    there = build(source, tmp_path / "there", options, pool=lambda: Ray("", 2))
+    there = build(source, tmp_path / "there", options, pool=lambda: Ray("local", 2))
     assert there.samples == 14 and content(tmp_path / "alone") == content(tmp_path / "there")
     (source / "data.jsonl").with_name("bad").mkdir()
     write_lines(source / "bad", [{"text": "fine"}, {"text": 3}])
     with pytest.raises(DataError, match=r"data\.jsonl, line 2: `text` must be text"):
-        build(source / "bad", tmp_path / "bad", options, pool=lambda: Ray("", 2))
+        build(source / "bad", tmp_path / "bad", options, pool=lambda: Ray("local", 2))
+    with pytest.raises(DataError, match=r"--ray 127\.0\.0\.1:1: the cluster cannot be reached"):
+        build(source, tmp_path / "bad", options, pool=lambda: Ray("127.0.0.1:1", 2))
 
 
 def test_without_ray(source, tmp_path, monkeypatch):

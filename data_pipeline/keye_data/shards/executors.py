@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -118,7 +119,7 @@ def _worker() -> None:
 class Ray:
     """The machines of a Ray cluster, which must see source and output under the same paths.
 
-    `address` "" joins the cluster that Ray finds, or starts one of `workers` processes here. DataError where Ray is missing
+    `address` "" is that in RAY_ADDRESS, else "local", a new one of `workers` processes here. DataError where Ray is missing
     or the cluster cannot be reached.
     """
 
@@ -140,12 +141,12 @@ class Ray:
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "log_to_driver": False}
-        if address:
-            options["address"] = address
-        elif "RAY_ADDRESS" not in os.environ:
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
             options |= {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+        _knock(address)
         try:
-            self.ray.init(logging_level=logging.WARNING, **options)
+            self.ray.init(address, logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise DataError(f"--ray {address}: the cluster cannot be reached: {error}") from error
 
@@ -166,3 +167,13 @@ class Ray:
     def close(self) -> None:
         if self.started:
             self.ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """DataError if nothing answers at host:port, which Ray itself would find out after minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise DataError(f"--ray {address}: the cluster cannot be reached: {error}") from error

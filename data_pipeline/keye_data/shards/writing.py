@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import webdataset
 
-IN_MEMORY = 256 << 20  # bytes of one sample; a larger one waits in a file
+IN_MEMORY = 64 << 20  # bytes of one sample; a larger one waits in a file
 
 
 @contextlib.contextmanager
