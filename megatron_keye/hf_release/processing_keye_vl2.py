@@ -38,7 +38,8 @@ KINDS = ("image", "video")
 FILES = (PICTURES, CLIPS, PROCESSOR, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # What Auto classes and hub downloads pass along.
 HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
-IGNORED = ("trust_remote_code", "code_revision")
+# Of the code and the model, which pipelines tell every part of.
+IGNORED = ("trust_remote_code", "code_revision", "dtype", "torch_dtype", "device_map")
 
 
 def name_code(folder: Path) -> None:
@@ -150,8 +151,8 @@ class KeyeVL2Processor(ProcessorMixin):
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """Options that would change nothing here are errors; padding is always done, to the longest row."""
         harmless = {"padding": (True, "longest"), "return_tensors": ("pt",), "add_special_tokens": (False,)}
-        for key, value in kwargs.items():
-            if value not in (None, False, *harmless.get(key, ())):
+        for key, value in (kwargs | (kwargs.get("processor_kwargs") or {})).items():
+            if key != "processor_kwargs" and value not in (None, False, *harmless.get(key, ())):
                 raise DataError(f"{key} = {value!r} is not supported by Keye-VL-2.0's processor")
 
     def _batch(self, prompts: list[dict[str, torch.Tensor]], side: str) -> BatchFeature:

@@ -29,7 +29,7 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 
 import torch  # noqa: E402  (behind the finder)
-from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoProcessor, pipeline  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -67,6 +67,14 @@ def save_and_load(model, processor, folder: str, request: dict) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
+def check_pipeline(folder: str, messages: list[dict[str, Any]], answer: str) -> None:
+    """The convenient way says what the plain one does."""
+    ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+    ask.model.config.attention_mode = "sparse"
+    [said] = ask(messages, max_new_tokens=32, do_sample=False, return_full_text=False)
+    assert said["generated_text"] == answer, (said, answer)
+
+
 def main(folder: str, requests: str, answers: str, saved: str) -> None:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -83,6 +91,9 @@ def main(folder: str, requests: str, answers: str, saved: str) -> None:
         asked = json.load(file)
     found = {request["name"]: answer(model, processor, request, selected) for request in asked}
     save_and_load(model, processor, saved, asked[-1])
+    picture = next(request for request in asked if request["name"] == "picture, sparse")
+    [text] = processor.batch_decode(found["picture, sparse"]["tokens"], skip_special_tokens=True)
+    check_pipeline(folder, picture["conversations"][0], text)
     assert not any(name.partition(".")[0] in STACK for name in sys.modules)
     torch.save(found, answers)
 

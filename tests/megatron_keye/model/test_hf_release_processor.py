@@ -228,6 +228,14 @@ def test_a_whole_conversation_without_a_prompt_for_more(processor, rules):
     assert torch.equal(processor(text=text)["input_ids"], got["input_ids"])
 
 
+@pytest.mark.parametrize("options", [{}, {"padding": True}, None])
+def test_options_as_pipelines_pass_them(processor, picture, options):
+    messages = user({"type": "image", "image": str(picture)})
+    expected = processor.apply_chat_template(messages, tokenize=True)
+    got = processor.apply_chat_template(messages, tokenize=True, continue_final_message=False, processor_kwargs=options)
+    assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
+
+
 def test_what_cannot_be_used_is_refused(processor, folder, picture):
     image = {"type": "image", "image": str(picture)}
     with pytest.raises(DataError, match="addresses are not fetched"):
@@ -240,6 +248,8 @@ def test_what_cannot_be_used_is_refused(processor, folder, picture):
         processor.apply_chat_template(user({"type": "video", "video": 3}), tokenize=True)
     with pytest.raises(DataError, match="truncation = True is not supported"):
         processor.apply_chat_template(user(image), tokenize=True, truncation=True)
+    with pytest.raises(DataError, match="truncation = True is not supported"):
+        processor.apply_chat_template(user(image), tokenize=True, processor_kwargs={"truncation": True})
     with pytest.raises(DataError, match="2 image placeholders for 1 given"):
         processor(text=processor.apply_chat_template(user(image, image)), images=picture)
     with pytest.raises(DataError, match="more images are given"):
