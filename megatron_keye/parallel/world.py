@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
+from megatron.core.transformer.moe import moe_utils
 
 
 def join_world(timeout: timedelta) -> None:
@@ -34,8 +35,16 @@ def single_process() -> None:
 
 
 def shut_down() -> None:
-    """Leave the groups in order, so that a following run in the same process can make its own."""
+    """Leave the groups in order, so that a following run in the same process can make its own.
+
+    Megatron forgets some: one of its own, and those by which balance losses are logged. A group that is left is destroyed
+    whenever its last holder goes, and in a process forked by then that waits for ever, for threads that no fork copies.
+    """
     if ps.model_parallel_is_initialized():
         ps.destroy_model_parallel()
+    for name, value in list(vars(ps).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(ps, name, None)
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
     if dist.is_initialized():
         dist.destroy_process_group()

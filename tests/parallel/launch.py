@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_keye.parallel import plan
 
@@ -32,7 +31,8 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float =
     Groups of this process are shut down first: their threads would not outlive a fork. Raises RuntimeError with the
     traceback of each rank that failed, or with where each rank stood after `timeout` seconds.
     """
-    _leave_groups()
+    plan.shut_down()
+    gc.collect()  # no group may be left for a child to destroy: it would wait for threads that a fork does not copy
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -50,15 +50,6 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float =
                 process.join()
         _raise_failures(folder, [process.exitcode or 0 for process in ranks], timeout)
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
-
-
-def _leave_groups() -> None:
-    """No group may be left for a child to destroy: it would wait for threads that a fork does not copy."""
-    plan.shut_down()
-    for name, value in list(vars(parallel_state).items()):
-        if isinstance(value, dist.ProcessGroup):  # Megatron forgets one of its own
-            setattr(parallel_state, name, None)
-    gc.collect()
 
 
 def _child(rank: int, world_size: int, folder: Path, timeout: float, fn: Callable[..., Any], args: tuple) -> None:

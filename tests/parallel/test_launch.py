@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.parallel import plan
@@ -25,6 +29,20 @@ def test_results_by_rank_after_groups_in_the_parent():
     plan.single_process()
     assert launch(_sum_of_ranks, 2, 10, timeout=10) == [(0, 21.0), (1, 21.0)]
     assert launch(_sum_of_ranks, 4, 0) == [(0, 1.0), (1, 1.0), (0, 5.0), (1, 5.0)]
+
+
+def test_no_group_outlives_its_shut_down():
+    """Megatron's own log of balance losses holds the groups that it sums over."""
+    plan.shut_down()
+    plan.single_process()
+    group = parallel_state.get_tensor_model_parallel_group()
+    moe_utils.save_to_aux_losses_tracker("balance", torch.zeros(()), 1, 1, reduce_group=group)
+    del group
+    groups = [weakref.ref(group) for group in dist.distributed_c10d._world.pg_map]
+    assert len(groups) > 5
+    plan.shut_down()
+    gc.collect()
+    assert [group() for group in groups if group() is not None] == []
 
 
 def _fail_on_rank_1() -> None:
