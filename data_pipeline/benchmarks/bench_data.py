@@ -75,8 +75,7 @@ def measure(parts: tuple[str, ...] | list[str], quick: bool, cache: Path, device
         elif part == "trim":
             result = trimming.measure(material, 6 if quick else 128, cache)
         elif part == "nvdec":
-            threads = (1, 2) if quick else nvdec.THREADS
-            result = nvdec.measure(material, repeats, torchcodec, device, 2 if quick else 16, threads)
+            result = nvdec.measure(material, repeats, torchcodec, device, rehearsal=quick)
         found[part] = {"machine": here, "quick": quick, **(result or {})}
     return found
 

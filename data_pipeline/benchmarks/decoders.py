@@ -87,18 +87,16 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def timed(
-    decode: Decode, clip: str, indices: list[int], repeats: int, tolerance: float
-) -> tuple[dict[str, Any], np.ndarray]:
+def timed(decode: Decode, clip: str, indices: list[int], repeats: int, tolerance: float) -> dict[str, Any]:
     """Gate, then the cheapest of `repeats` runs."""
     frames = decode(clip, indices)  # also loads what the decoder loads on first use
     worst = gate.check(Path(clip), frames, indices, tolerance)
     costs: list[Cost] = []
+    del frames
     for _ in range(repeats):
-        del frames
-        spent, frames = cost(lambda: decode(clip, indices))
+        spent, _ = cost(lambda: decode(clip, indices))
         costs.append(spent)
-    return {**least(costs), "count": len(indices), "worst_difference": worst, "peak_mib": peak_mib()}, frames
+    return {**least(costs), "count": len(indices), "worst_difference": worst, "peak_mib": peak_mib()}
 
 
 def main() -> None:
@@ -107,7 +105,7 @@ def main() -> None:
     torch.set_num_threads(1)
     task = json.loads(sys.argv[1])
     name = task["decoder"]
-    row, _ = timed(by_name(name), task["clip"], task["indices"], task["repeats"], TOLERANCE.get(name, 0.0))
+    row = timed(by_name(name), task["clip"], task["indices"], task["repeats"], TOLERANCE.get(name, 0.0))
     print(json.dumps(row))
 
 

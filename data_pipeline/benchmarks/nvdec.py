@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,17 @@ Batch = Callable[[], list[Any]]  # decodes a batch, a tensor a clip, on the devi
 
 
 def measure(
-    clips: Clips, repeats: int, torchcodec: dict[str, str] | str, device: str | None, batch: int, threads: Sequence[int]
+    clips: Clips, repeats: int, torchcodec: dict[str, str] | str, device: str | None = None, rehearsal: bool = False
 ) -> dict[str, Any]:
-    """A row per decoder and number of threads on `device`: "gpu", or "cpu" for the rehearsal (None: whichever is there)."""
+    """A row per decoder and number of threads on `device`: "gpu" or "cpu", None for whichever is there.
+
+    A rehearsal, which a CPU's always is, takes two clips and one or two threads.
+    """
     import torch
 
     device = device or ("gpu" if torch.cuda.is_available() else "cpu")
+    small = rehearsal or device == "cpu"
+    batch, threads, repeats = (2, (1, 2), 1) if small else (16, THREADS, repeats)
     clip = clips.h264 if device == "gpu" else clips.vp9
     rows: list[dict[str, Any]] = []
     for decoder in DECODERS:
