@@ -153,6 +153,24 @@ def test_batches_before_decoding_hold_no_film_until_they_are_packed(tokenizer, t
         waiting.clear()
 
 
+def test_resume_is_exact_with_films_in_the_buffers(tokenizer, two_hours, tmp_path):
+    shards = build(tmp_path / "in", {"long.mp4": two_hours, "second.mp4": numbered(900, 1)}, samples=3)
+    limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=4, max_frames=24)
+    options = {"seq_length": 1024, "workers": 1}
+    loader = make_loader(tokenizer, shards, limits, **options)
+    next(loader)
+    state = loader.state_dict()
+    want = [next(loader) for _ in range(2)]
+    loader.close()
+    resumed = make_loader(tokenizer, shards, limits, **options)
+    resumed.load_state_dict(state)
+    for one in want:
+        other = next(resumed)
+        assert one.keys == other.keys and (one.input_ids == other.input_ids).all()
+        assert (one.patches == other.patches).all() and one.skipped == other.skipped == {}
+    resumed.close()
+
+
 def test_film_that_vanishes_behind_the_buffers_masks_its_document(tokenizer, two_hours, tmp_path, caplog):
     shards = build(tmp_path / "in", {"long.mp4": two_hours})
     limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=4, max_frames=100)
