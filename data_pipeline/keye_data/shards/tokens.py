@@ -43,16 +43,15 @@ def parse_budget(text: str) -> tuple[str, DataConfig]:
 @lru_cache(maxsize=1)
 def processors(tokenizer: Path, budgets: tuple[str, ...]) -> dict[str, Processor]:
     """One for each budget, by its name; they share the tokenizer."""
-    loaded = load_tokenizer(tokenizer)
-    found: dict[str, Processor] = {}
-    for text in budgets:
-        name, settings = parse_budget(text)
-        if name in found:
+    named = [parse_budget(text) for text in budgets]
+    names = [name for name, _ in named]
+    for name, text in zip(names, budgets):
+        if names.count(name) > 1:
             raise DataError(
                 f"--budget {text}: there are two budgets named {name}; write NAME=TOKENS, or rename the file"
             )
-        found[name] = Processor(loaded, settings)
-    return found
+    loaded = load_tokenizer(tokenizer)
+    return {name: Processor(loaded, settings) for name, settings in named}
 
 
 def count(
