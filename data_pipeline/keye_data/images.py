@@ -24,7 +24,7 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture: Image.Image = Image.open(io.BytesIO(data))
             check_size(picture.width, picture.height, "picture")
-            pixels = np.asarray(_rgb(ImageOps.exif_transpose(picture)))
+            pixels = np.array(_rgb(ImageOps.exif_transpose(picture)))  # a copy: Pillow's own cannot be written to
     except DataError:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
