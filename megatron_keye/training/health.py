@@ -34,8 +34,8 @@ def _check_gate(checkpoint: Path, least: float) -> None:
     found = [row for row in rows if row["iteration"] <= step and row.get(RECALL) is not None]
     if not found:
         raise UserError(
-            f"training.recall_gate = {least}, but {log} holds no {RECALL} up to step {step}; set logging.dsa_health_interval in "
-            "the warm-up, or training.recall_gate=null here"
+            f"training.recall_gate = {least}, but {log} holds no {RECALL} up to step {step}: logging.dsa_health_interval was null, or no "
+            "query saw more than model.topk keys; see to that in the warm-up, or set training.recall_gate=null here"
         )
     recall, layers = found[-1][RECALL], found[-1][f"{RECALL}-by-layer"]
     if recall < least:

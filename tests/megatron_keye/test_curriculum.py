@@ -113,7 +113,7 @@ SMALL = [
     "all.data.seq_length=256", "all.training.steps=4", "all.training.global_batch_size=2", "all.optimizer.warmup_steps=0",
     "all.optimizer.schedule=constant", "all.optimizer.decay_steps=null", "all.checkpoint.interval=1", "all.checkpoint.keep=1",
     "all.logging.wandb=off", "all.logging.plot=false", "phases=[{recipe: stage0}, {recipe: dsa_warmup}, {recipe: dsa_sparse}]",
-    "launch=python", "ranks=1",
+    "launch=python", "ranks=1", "all.model.topk=8", "dsa_sparse.training.recall_gate=0.02",
 ]  # fmt: skip
 
 
@@ -153,4 +153,4 @@ def test_stopped_in_the_middle_it_goes_on(clip_shards, qwen_tiktoken, tmp_path):
     tokens = sum(row["tokens"] for row in metrics(second))
     (line,) = [line for line in table.splitlines() if "dsa_warmup" in line]
     assert f"{tokens:,}" in line and " 4 " in line
-    assert "indexer KL" in table
+    assert "indexer KL" in table and "recall" in table
