@@ -1,7 +1,7 @@
 """The loader: shard folders in, decoded micro-batches out, for ever, resumable to the batch.
 
 Energon reads, blends, shuffles, encodes and packs in worker processes; a thread of this process decodes the pixels of each
-batch, a few batches ahead of the step.
+batch, a few batches ahead of the step, or has them decoded by a service.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 
 from keye_data import resume
 from keye_data.accounting import Skipped
+from keye_data.decode_service import Decoder, DecodeService, Here
 from keye_data.energon_source import FATAL, Encoder, WorkerBatch
 from keye_data.errors import DataError
 from keye_data.packing import Document
@@ -107,9 +110,15 @@ class Loader:
             gc_collect_every_n_steps=10 if settings.workers else 0,  # it freezes the process's garbage: workers only
             watchdog_timeout_seconds=None,
             # Workers look back as far as the batches that wait to be handed out, besides those in their own queues.
-            n_checkpoints=None if not settings.workers else 2 * settings.workers + 2 + settings.prefetch,
+            n_checkpoints=None if not settings.workers else 2 * (settings.workers + 1 + settings.prefetch),
         )
         self._batches: Iterator[WorkerBatch] | None = None
+        self._decoder: Decoder = Here(processor)
+        self._begun: deque[Callable[[], tuple[_Place, Batch]]] = deque()
+        self._lookahead = 1
+        if settings.decode_service.address is not None:
+            self._decoder = DecodeService(settings.decode_service, settings.video)
+            self._lookahead += settings.prefetch  # batches whose clips the service has been given
         self._place: _Place | None = None  # behind the last batch handed out
         self._ahead: Prefetch[tuple[_Place, Batch]] = Prefetch(self._make, settings.prefetch)
 
@@ -122,10 +131,23 @@ class Loader:
 
     def _make(self) -> tuple[_Place, Batch]:
         """The next batch, and the place behind it."""
+        while len(self._begun) < self._lookahead:
+            try:
+                self._begun.append(self._begin())
+            except (DataError, StopIteration) as error:
+                if not self._begun:
+                    raise
+                self._begun.append(partial(_raise, error))  # in its turn
+                break
+        return self._begun.popleft()()
+
+    def _begin(self) -> Callable[[], tuple[_Place, Batch]]:
+        """What finishes the batch that the workers have next; its clips are given to the decoder now."""
         # Without workers Energon runs here, and it bears one loader of a process at a time.
         with IN_PROCESS if not self._loader.num_workers else nullcontext():
             item, place = self._next_item(), self._place_now()
-        return place, self._decode(item)
+        handles = [[self._decoder.start(media) for media in document.media] for document in item.rows.documents]
+        return lambda: (place, self._decode(item, handles))
 
     def _next_item(self) -> WorkerBatch:
         try:
@@ -143,15 +165,16 @@ class Loader:
             raise DataError("the sources ran out of samples: every one was skipped") from None
         return item
 
-    def _decode(self, item: WorkerBatch) -> Batch:
+    def _decode(self, item: WorkerBatch, handles: list[list[Any]]) -> Batch:
+        """`handles`: of the decoder, for each document those of its media."""
         begin = time.perf_counter()
         rows, bad = item.rows, list(item.skipped)
         for one in bad:
             log.warning("skipped, %s: %s", one.reason, one.message)
         patches = [torch.empty(0, 3, PATCH, PATCH, dtype=torch.uint8)]
         grids = [torch.empty(0, 2, dtype=torch.int64)]
-        for document in rows.documents:
-            broken = self._pixels(document, patches, grids)
+        for document, own in zip(rows.documents, handles):
+            broken = self._pixels(document, own, patches, grids)
             if broken:  # its tokens stay, so that all ranks agree on the shapes, and nothing is learned from them
                 rows.targets[document.row, document.begin : document.end] = IGNORE
                 bad.append(broken)
@@ -169,13 +192,15 @@ class Loader:
             decode_ms=(time.perf_counter() - begin) * 1000,
         )
 
-    def _pixels(self, document: Document, patches: list[torch.Tensor], grids: list[torch.Tensor]) -> Skipped | None:
+    def _pixels(
+        self, document: Document, handles: list[Any], patches: list[torch.Tensor], grids: list[torch.Tensor]
+    ) -> Skipped | None:
         """Appends the pixels of a document's media, zeros for what cannot be decoded; returns what was wrong if anything."""
         broken = None
-        for media in document.media:
+        for media, handle in zip(document.media, handles):
             grid = media_grid(media)
             try:
-                pixels, grid = self.processor.pixels(media)
+                pixels, grid = self._decoder.finish(handle)
             except UnsupportedCodec:
                 raise  # a wrong data.video.backend, not a broken clip
             except DataError as error:
@@ -230,12 +255,17 @@ class Loader:
             ]
 
     def close(self) -> None:
-        """Ends the thread and the worker processes."""
+        """Ends the thread, the worker processes and the service's actors."""
         ended = self._ahead.close()
         if self._loader._iterator is not None:
             self._loader._iterator._shutdown_workers()
         if not ended:  # it waited for a worker that hangs, and now there is none
             self._ahead.close()
+        self._decoder.close()
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 @dataclass

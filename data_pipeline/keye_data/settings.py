@@ -36,6 +36,15 @@ class VideoConfig:
 
 
 @dataclass
+class DecodeServiceConfig:
+    """Decoding on other machines, for trainers that outgrow their own CPUs."""
+
+    address: str | None = None  # null: decoded in this process; a Ray cluster, host:port or auto; local: started here
+    actors: int = 4  # decoders for each data-parallel rank
+    cpus_per_actor: int = 1
+
+
+@dataclass
 class DataConfig:
     tokenizer: str = MISSING  # a Hugging Face folder, or a qwen.tiktoken file
     sources: list[SourceConfig] = field(default_factory=list)
@@ -53,4 +62,5 @@ class DataConfig:
     keep_thinking: bool = True  # false: chain of thought is taken out of answers before they are cut into tokens
     image: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    decode_service: DecodeServiceConfig = field(default_factory=DecodeServiceConfig)
     max_failures_in_a_row: int = 100  # broken samples one after another before the run stops

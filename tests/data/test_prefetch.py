@@ -219,7 +219,7 @@ def test_decoding_runs_beside_the_step(make_loader, monkeypatch):
     for prefetch in (0, 2):
         loader = make_loader(prefetch)
         decode = loader._decode
-        monkeypatch.setattr(loader, "_decode", lambda item, decode=decode: (time.sleep(0.05), decode(item))[1])
+        monkeypatch.setattr(loader, "_decode", lambda *batch, decode=decode: (time.sleep(0.05), decode(*batch))[1])
         next(loader)
         waits[prefetch] = 0.0
         for _ in range(5):
