@@ -14,6 +14,7 @@ from keye_data.errors import DataError
 from keye_data.shards.options import Options
 from keye_data.shards.shard import PARTS
 from keye_data.shards.tokens import parse_budget
+from keye_data.video.stored import VERSION
 
 
 def growing_folder(out: Path) -> Path:
@@ -50,11 +51,11 @@ def claimed(folder: Path, source: Path, options: Options) -> Iterator[None]:
 
 
 def _settings(source: Path, options: Options) -> dict[str, str]:
-    """Every choice that decides the bytes of a finished shard. A shard with a bad sample is none, so --on-error may change."""
+    """Every choice that decides the bytes of a finished shard. Not --on-error: shard by shard that matters only to bad samples."""
     chosen = {field.name: str(getattr(options, field.name)) for field in dataclasses.fields(options)}
     del chosen["on_error"]
     budgets = {f"budget {name}": repr(settings) for name, settings in map(parse_budget, options.budgets)}
-    return {"source": str(source), **chosen, **budgets}
+    return {"source": str(source), "version of packet tables": str(VERSION), **chosen, **budgets}
 
 
 def _compare(path: Path, settings: dict[str, str], folder: Path) -> None:
