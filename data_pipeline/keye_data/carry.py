@@ -21,13 +21,15 @@ def carry(documents: Iterable[Document], room: int = CARRY_BYTES) -> None:
     will find out, and the document is masked.
     """
     for document in documents:
-        for i, media in enumerate(document.media):
+        carried = []  # a new list: the sample's own may still stand in a buffer
+        for media in document.media:
             parts = []
             for part in media.parts:
-                taken = _take(media, part) if room > 0 and _size(part) <= room else part
-                room -= _size(taken) if taken is not part else 0
+                taken = _take(media, part) if len(part.data) <= room else part
+                room -= len(taken.data) if taken is not part else 0
                 parts.append(taken)
-            document.media[i] = replace(media, parts=parts)
+            carried.append(replace(media, parts=parts))
+        document.media = carried
 
 
 def _take(media: Media, part: Part) -> Part:
@@ -37,7 +39,3 @@ def _take(media: Media, part: Part) -> Part:
         return Part(content(part.data), part.frames) if media.kind == "image" else Part(*trim(part.data, part.frames))
     except (DataError, ValueError, IndexError, OSError):
         return part
-
-
-def _size(part: Part) -> int:
-    return len(part.data)
