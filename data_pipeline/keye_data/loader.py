@@ -22,7 +22,7 @@ import torch
 from megatron.energon import WorkerConfig, get_savable_loader
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode
-from megatron.energon.savable_loader import SavableDataLoaderState
+from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint
 
 from keye_data import resume
 from keye_data.accounting import Skipped
@@ -120,6 +120,8 @@ class Loader:
             self._decoder = DecodeService(settings.decode_service, settings.video)
             self._lookahead += settings.prefetch  # batches whose clips the service has been given
         self._place: _Place | None = None  # behind the last batch handed out
+        self._origin: list[SavableDatasetCheckpoint] = []  # where each worker began
+        self._origin_counters: list[int] = []
         self._ahead: Prefetch[tuple[_Place, Batch]] = Prefetch(self._make, settings.prefetch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -154,6 +156,11 @@ class Loader:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")  # torch says it on machines without a GPU
                 if self._batches is None:
+                    if self._loader.num_workers:
+                        origin = self._loader.dataset.get_initial_checkpoint()
+                        fresh = SavableDatasetCheckpoint(state=None, offset=0)
+                        self._origin = origin or [fresh] * self._loader.num_workers
+                        self._origin_counters = list(self._loader._worker_sample_counters)
                     self._batches = iter(self._loader)
                 item = next(self._batches)
         except FatalSampleError as error:
@@ -229,8 +236,11 @@ class Loader:
             return to_plain(self._loader.save_state_rank())
         if place.written is not None:
             return place.written
+        workers = self._loader._worker_command("get_checkpoint", place.counters)
+        # A worker still on its way to its first batch may answer before it stands where it was told to begin.
+        begun = [now != origin for now, origin in zip(place.counters, self._origin_counters)]
         state = SavableDataLoaderState(
-            worker_states=self._loader._worker_command("get_checkpoint", place.counters),
+            worker_states=[one if has else origin for one, has, origin in zip(workers, begun, self._origin)],
             next_worker_id=place.next_worker,
             micro_batch_size=self._loader._get_batch_size(),
         )

@@ -242,3 +242,28 @@ def test_a_wrong_backend_is_told_at_its_batch_and_close_leaves_no_thread(make_lo
     assert threads() and all(worker.is_alive() for worker in workers)
     good.close()
     assert not threads() and wait_until(lambda: not any(worker.is_alive() for worker in workers))
+
+
+def test_a_worker_that_is_slow_to_begin_is_written_down_as_not_begun(make_loader, monkeypatch):
+    """Asked for its place before it stands there, Energon's worker would name one batch further on."""
+    from megatron.energon.savable_loader import SavableDatasetWrapper
+
+    plain = make_loader(0, workers=2)
+    want = [next(plain) for _ in range(6)]
+    loader, iterate = make_loader(0, workers=2), SavableDatasetWrapper.__iter__
+
+    def late(self):
+        if self.worker_config.rank_worker_id() == 1 and self._cmd_thread is None:
+            self._worker_id, self._running, self._command_lock = 1, True, threading.RLock()
+            self._cmd_thread = threading.Thread(target=self._command_thread, args=(self,), daemon=True)
+            self._cmd_thread.start()
+            time.sleep(3)  # commands are answered, and nothing has begun
+        yield from iterate(self)
+
+    monkeypatch.setattr(SavableDatasetWrapper, "__iter__", late)
+    next(loader)
+    state = loader.state_dict()
+    monkeypatch.undo()
+    resumed = make_loader(0, workers=2)
+    resumed.load_state_dict(state)
+    assert same([next(resumed) for _ in range(5)], want[1:])
