@@ -47,28 +47,39 @@ def convert(*arguments: object) -> tuple[float, int]:
     return time.monotonic() - start, peak
 
 
-@pytest.mark.slow  # minutes: 6.4 GB are written six times and read eleven times
+def paced(source: Path, out: Path, *arguments: object) -> tuple[str, float, int]:
+    """-> what was measured, pace as a share of a copy's, anonymous bytes. Between two copies: disks are not even.
+
+    Where the pace is missed it is measured once more, since a neighbour's burst may fall on a conversion alone.
+    """
+    said: list[str] = []
+    best, most = 0.0, 0
+    while len(said) < 2 and best < PACE:
+        shutil.rmtree(out, ignore_errors=True)
+        before = copied(source, out.with_name("copy"))
+        seconds, peak = convert(*arguments, "--out", out)
+        after = copied(source, out.with_name("copy"))
+        pace = (before + after) / 2 / seconds
+        best, most = max(best, pace), max(most, peak)
+        said.append(f"{seconds:.1f} s, copies {before:.1f} and {after:.1f} s: {pace:.2f} of their pace")
+    return f"{arguments[0]} {'; again '.join(said)}; {most / 1e9:.2f} GB anonymous", best, most
+
+
+@pytest.mark.slow  # minutes: 6.4 GB are written seven times and read twelve times
 def test_memory_and_pace(tmp_path, capfd):
     if (free := shutil.disk_usage(tmp_path).free) < DISK:
         pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk under {tmp_path}, and {free / 1e9:.1f} GB are free")
     source, ckpt, back = tmp_path / "hf", tmp_path / "ckpt", tmp_path / "back"
     size = write(source)
     assert size >= 6e9
-    copies = [copied(source, tmp_path / "copy")]  # three, around the conversions: disks and neighbours are not even
-    imported, import_peak = convert("import", "--hf", source, "--out", ckpt)
+    imported, import_pace, import_peak = paced(source, ckpt, "import", "--hf", source)
     convert("verify", "--hf", source, "--ckpt", ckpt)
-    copies.append(copied(source, tmp_path / "copy"))
     shutil.rmtree(source)
-    exported, export_peak = convert("export", "--ckpt", ckpt, "--out", back)
-    copies.append(copied(back, tmp_path / "copy"))
+    stored = ckpt / "iter_0000000"
+    exported, export_pace, export_peak = paced(stored, back, "export", "--ckpt", ckpt)
     convert("verify", "--hf", back, "--ckpt", ckpt)
-    mean = sum(copies) / len(copies)
-    paces = mean / imported, mean / exported
     with capfd.disabled():
-        print(f"\n{size / 1e9:.2f} GB; copies {', '.join(f'{seconds:.1f}' for seconds in copies)} s")
-        print(f"import {imported:.1f} s, {paces[0]:.2f} of a copy's pace, {import_peak / 1e9:.2f} GB anonymous")
-        print(f"export {exported:.1f} s, {paces[1]:.2f} of a copy's pace, {export_peak / 1e9:.2f} GB anonymous")
+        print(f"\n{size / 1e9:.2f} GB\n{imported}\n{exported}")
     assert import_peak < ANONYMOUS and export_peak < ANONYMOUS
     assert sum(file.stat().st_size for file in back.glob("*.safetensors")) >= size
-    if min(paces) < PACE:  # known: about 25 CPU seconds each way, which a fast disk outruns
-        pytest.xfail(f"conversion ran at {min(paces):.2f} of a copy's pace; the aim is {PACE}")
+    assert min(import_pace, export_pace) >= PACE
