@@ -4,8 +4,8 @@
 
 On every rank a thread tells the job's store, beat by beat, what the rank is doing. When a collective has waited for the
 timeout, or has failed because a peer is gone, one rank speaks for all: it reads what the others said last, looks for
-those who fell silent, prints the verdict and leaves it in the store; with that every rank ends. torchrun ends what is
-too far gone to end itself (a stopped process), and starts the job again where it is allowed to (--max-restarts).
+those who fell silent, prints the verdict and leaves it in the store; with that every rank ends, and ends those of its
+machine that cannot end themselves, stopped processes. torchrun starts the job again where it is allowed to (--max-restarts).
 
 On a GPU torch's own timeout of NCCL stands behind this one. That side is unverified: no machine of ours has run it.
 """
@@ -17,12 +17,14 @@ import json
 import multiprocessing
 import os
 import re
+import socket
 import sys
 import threading
 import time
 import traceback
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from keye_data.errors import DataError
@@ -101,6 +103,8 @@ class Watchdog:
             "waits": None if waits is None else str(waits),
             "for": 0.0 if waits is None else time.monotonic() - waits.since,
             "at": activity.place(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
             **self.state,
         }
         self.store.set(f"rank{self.rank}", json.dumps(said))
@@ -132,10 +136,21 @@ class Watchdog:
 
     def _end(self) -> None:
         """Not in order, which would wait for other ranks, or for the loader's processes, whose pipes nobody reads."""
+        with contextlib.suppress(RuntimeError):
+            for other in self._everyone():
+                if other.get("host") == socket.gethostname():
+                    _kill_if_stopped(other["pid"])
         for child in multiprocessing.active_children():
             child.kill()
         sys.stdout.flush()
         os._exit(1)
+
+
+def _kill_if_stopped(pid: int) -> None:
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_STOPPED:
+            process.kill()
 
 
 def verdict(speaker: int, step: int, what: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:

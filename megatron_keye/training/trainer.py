@@ -209,13 +209,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stops_on_signal(self) -> Iterator[None]:
-        """The handlers of before come back: one left behind would keep this trainer, its model and its groups alive."""
+        """The handlers of before come back: one left behind would keep this trainer, its model and its groups alive.
+
+        Not after a failure: the watchdog still has to say what happened when torchrun asks the ranks to end.
+        """
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, _) -> None:
         self.stop_signal = True

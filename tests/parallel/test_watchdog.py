@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
+import torch.distributed as dist
+
+from megatron_keye.parallel.activity import COLLECTIVES
 from megatron_keye.parallel.watchdog import verdict
+
+EXCHANGES = re.compile("_?(reduce|gather|scatter|broadcast|all|barrier|monitored_barrier|send|recv)")
+
+
+def test_every_collective_of_this_torch_is_watched():
+    methods = {name for name in dir(dist.ProcessGroup) if EXCHANGES.match(name)}
+    assert methods == set(COLLECTIVES)
 
 
 def said(**changes) -> dict:

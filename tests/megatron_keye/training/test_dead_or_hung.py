@@ -95,6 +95,25 @@ def test_a_hung_collective_ends_the_job_in_time(clip_shards: Path, qwen_tiktoken
 
 
 @pytest.mark.slow  # a run of two ranks through torchrun
+def test_a_stopped_rank_ends_the_job_in_time(clip_shards: Path, qwen_tiktoken: Path, tmp_path: Path):
+    """The other waits for a coalesced exchange of gradients; torchrun alone would give the stopped one half a minute more."""
+    script = tmp_path / "stopping.py"
+    stop = "import signal; os.kill(os.getpid(), signal.SIGSTOP)"
+    encode = "from megatron_keye.parallel.vision import VisionStep as BlockFeed"
+    text = HANGING.replace("time.sleep(600)", stop).replace(".take", ".encode")
+    script.write_text(text.replace("from megatron_keye.training.feed import BlockFeed", encode))
+    words = command(tmp_path / "run", clip_shards, qwen_tiktoken, *OPTIONS, ranks=2)
+    at = words.index("megatron_keye.train")
+    code, text = finish(start([*words[: at - 1], str(script), *words[at + 1 :]]))
+    ended = time.time()
+    assert code != 0
+    assert re.search(r"step 3: \w+ over ranks 0, 1 has hung for \d+ s: rank 1 is dead or stopped", the_message(text)), (
+        text
+    )
+    assert ended - float(re.search(r"stuck at ([\d.]+)", text)[1]) < TIMEOUT
+
+
+@pytest.mark.slow  # a run of two ranks through torchrun
 def test_a_fault_of_one_rank_is_named_once(clip_shards: Path, qwen_tiktoken: Path, tmp_path: Path):
     script = tmp_path / "failing.py"
     script.write_text(HANGING.replace("time.sleep(600)", "raise ZeroDivisionError('a fault of the program')"))
