@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo test checks bench bench-gpu bench-gpu-step test-gpu clean
+.PHONY: help install demo curriculum test checks bench bench-gpu bench-gpu-step test-gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,8 +37,18 @@ checks: install  ## style, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy megatron_keye kernels/keye_kernels data_pipeline/keye_data
 
-bench: install  ## CPU benchmarks; results in kernels/benchmarks/results
+curriculum: demo/shards/videos  ## every phase after the one before it on the mini model; the same command goes on
+	$(BIN)/python -m megatron_keye.curriculum recipes/curriculum.yaml profile=mini
+
+demo/shards/videos: | install
+	$(BIN)/python tools/fetch_samples.py --out demo/samples
+	for kind in pictures text videos; do \
+	    test -d demo/shards/$$kind || $(BIN)/python tools/build_shards.py demo/samples/source/$$kind.jsonl --out demo/shards/$$kind || exit 1; \
+	done
+
+bench: install  ## CPU benchmarks of operators and data; results in */benchmarks/results
 	$(BIN)/python kernels/benchmarks/bench_cpu.py
+	$(BIN)/python data_pipeline/benchmarks/bench_data.py
 
 # torch and triton are all it takes: whatever Python has them, the environment of `make install` if it is there
 bench-gpu:  ## GPU benchmarks, correctness first, 8 minutes; results in kernels/benchmarks/results

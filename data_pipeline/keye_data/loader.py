@@ -264,6 +264,11 @@ class Loader:
                 for worker in energon.worker_states
             ]
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Of the worker processes that are there now."""
+        return [worker.pid for worker in getattr(self._loader._iterator, "_workers", ())]
+
     def close(self) -> None:
         """Ends the thread, the worker processes and the service's actors."""
         ended = self._ahead.close()

@@ -189,6 +189,11 @@ class Checkpointer:
             raise UserError(
                 f"{folder} holds imported weights and no state of a run; name it in training.init_from and use another run_dir"
             )
+        if saved.keys() != Progress.__dataclass_fields__.keys():
+            raise UserError(
+                f"{folder} was written by another version of this code; go on with that one, or name the folder in "
+                "training.init_from and use another run_dir"
+            )
         same_layout = layout == {**dataclasses.asdict(self.plan.config), "data": self.plan.data_size}
         for part in engine.optimizer.chained_optimizers:
             part._init_optimizer_states_with_dummy_values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 
 from keye_data.accounting import Account
+from keye_data.loader import Loader
 from keye_data.sample import Batch
 
 MIB = 2**20
@@ -57,11 +58,11 @@ class Measured:
 
 
 def measure(
-    loader: Iterable[Batch], samples: int, ids: Ids, progress: Callable[[int], None] = lambda n: None
+    loader: Loader, samples: int, ids: Ids, progress: Callable[[int], None] = lambda n: None
 ) -> Measured:
     """Takes batches until `samples` samples were delivered, or the loader ends. `progress` is told of every batch's samples."""
     found, process = Measured(), psutil.Process()
-    batches: Iterator[Batch] = iter(loader)
+    batches = iter(loader)
     begun = time.perf_counter()
     while found.samples < samples:
         asked = time.perf_counter()
@@ -75,7 +76,7 @@ def measure(
             found.first_batch = found.waits[0]
             begun = time.perf_counter()
             found.first = {"samples": found.samples, "tokens": found.tokens, "frames": found.frames}
-        _memory(found, process)
+        _memory(found, process, loader.worker_pids)
         progress(len(batch.keys))
     found.elapsed = time.perf_counter() - begun
     return found
@@ -98,11 +99,11 @@ def _note(found: Measured, batch: Batch, ids: Ids) -> None:
     found.bad += batch.bad
 
 
-def _memory(found: Measured, process: psutil.Process) -> None:
+def _memory(found: Measured, process: psutil.Process, worker_pids: Iterable[int]) -> None:
     workers = [0]
-    for child in process.children():
+    for pid in worker_pids:
         try:
-            workers.append(child.memory_info().rss)
+            workers.append(psutil.Process(pid).memory_info().rss)
         except psutil.NoSuchProcess:
             continue
     found.main_rss.append(process.memory_info().rss)
