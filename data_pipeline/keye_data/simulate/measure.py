@@ -57,9 +57,7 @@ class Measured:
         return sum(self.lengths)
 
 
-def measure(
-    loader: Loader, samples: int, ids: Ids, progress: Callable[[int], None] = lambda n: None
-) -> Measured:
+def measure(loader: Loader, samples: int, ids: Ids, progress: Callable[[int], None] = lambda n: None) -> Measured:
     """Takes batches until `samples` samples were delivered, or the loader ends. `progress` is told of every batch's samples."""
     found, process = Measured(), psutil.Process()
     batches = iter(loader)
