@@ -21,6 +21,15 @@ import torch
 
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray is left to tests/data/test_on_ray.py."""
+    if os.environ.get("OWN_PROCESS") != "ray":
+        for item in items:
+            if item.get_closest_marker("ray"):
+                item.add_marker(pytest.mark.skip("starts Ray: test_on_ray.py runs this in a process of its own"))
+
+
 # Alibaba's own client library carries Qwen's vocabulary; only that file is taken out of the wheel.
 VOCABULARY_PACKAGE = "dashscope==2.0.2"
 VOCABULARY_MEMBER = "dashscope/resources/qwen.tiktoken"

@@ -85,6 +85,57 @@ class Deadly(str):
         return os._exit, (1,)
 
 
+@pytest.mark.ray
+@pytest.mark.slow  # a loader with actors of its own: 15 to 30 s
+def test_the_loader_gives_the_same_batches_and_goes_on_from_the_same_places(clips, tokenizer, tmp_path):
+    for i, clip in enumerate(clips):
+        (tmp_path / f"{i}.mp4").write_bytes(clip)
+    lines = []
+    for i in range(len(clips)):
+        question = {"role": "user", "content": [{"type": "video", "video": f"{i}.mp4"}]}
+        lines.append(json.dumps({"messages": [question, {"role": "assistant", "content": f"clip {i}"}]}))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    build_shards(tmp_path / "data.jsonl", tmp_path / "shards", samples_per_shard=3)
+
+    def make(prefetch: int, address: str | None) -> Loader:
+        settings = DataConfig(
+            tokenizer="-",
+            sources=[SourceConfig(str(tmp_path / "shards"))],
+            seq_length=256,
+            packing_buffer=4,
+            shuffle_buffer=4,
+            workers=1,
+            prefetch=prefetch,
+            video=VideoConfig(min_frame_tokens=4, max_frame_tokens=8),
+            decode_service=DecodeServiceConfig(address, actors=1),
+        )
+        return Loader(settings, Processor(tokenizer, settings), rank=0, world_size=1, micro_batch_size=1, seed=3)
+
+    def same(a: list[Batch], b: list[Batch]) -> bool:
+        return [x.keys for x in a] == [y.keys for y in b] and all(
+            torch.equal(getattr(x, name), getattr(y, name)) for x, y in zip(a, b) for name in TENSORS
+        )
+
+    plain, served = make(0, None), make(2, "local")
+    try:
+        want = [next(plain) for _ in range(10)]
+        got = [next(served) for _ in range(4)]
+        time.sleep(0.5)
+        state = served.state_dict()  # the service has been given the clips of later batches
+        assert same(got + [next(served) for _ in range(6)], want)
+        assert max(float(batch.patches.float().std()) for batch in want) > 0
+    finally:
+        plain.close()
+        served.close()
+    resumed = make(0, None)
+    try:
+        resumed.load_state_dict(state)
+        assert same([next(resumed) for _ in range(6)], want[4:])
+    finally:
+        resumed.close()
+
+
+@pytest.mark.ray
 @pytest.mark.slow  # starts Ray and two processes that import torch, and replaces one: 20 to 40 s
 def test_bits_errors_and_lost_actors(service, clips, make_picture, tmp_path, caplog, monkeypatch):
     how = VideoConfig()
@@ -138,52 +189,3 @@ def test_bits_errors_and_lost_actors(service, clips, make_picture, tmp_path, cap
 
 def replace_kind(media: Media) -> Media:
     return Media(Deadly(media.kind), media.parts, media.size)
-
-
-@pytest.mark.slow  # two loaders with actors of their own: 15 to 30 s
-def test_the_loader_gives_the_same_batches_and_goes_on_from_the_same_places(ray, clips, tokenizer, tmp_path):
-    for i, clip in enumerate(clips):
-        (tmp_path / f"{i}.mp4").write_bytes(clip)
-    lines = []
-    for i in range(len(clips)):
-        question = {"role": "user", "content": [{"type": "video", "video": f"{i}.mp4"}]}
-        lines.append(json.dumps({"messages": [question, {"role": "assistant", "content": f"clip {i}"}]}))
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    build_shards(tmp_path / "data.jsonl", tmp_path / "shards", samples_per_shard=3)
-
-    def make(prefetch: int, address: str | None) -> Loader:
-        settings = DataConfig(
-            tokenizer="-",
-            sources=[SourceConfig(str(tmp_path / "shards"))],
-            seq_length=256,
-            packing_buffer=4,
-            shuffle_buffer=4,
-            workers=1,
-            prefetch=prefetch,
-            video=VideoConfig(min_frame_tokens=4, max_frame_tokens=8),
-            decode_service=DecodeServiceConfig(address, actors=1),
-        )
-        return Loader(settings, Processor(tokenizer, settings), rank=0, world_size=1, micro_batch_size=1, seed=3)
-
-    def same(a: list[Batch], b: list[Batch]) -> bool:
-        return [x.keys for x in a] == [y.keys for y in b] and all(
-            torch.equal(getattr(x, name), getattr(y, name)) for x, y in zip(a, b) for name in TENSORS
-        )
-
-    plain, served = make(0, None), make(2, "local")
-    try:
-        want = [next(plain) for _ in range(10)]
-        got = [next(served) for _ in range(4)]
-        time.sleep(0.5)
-        state = served.state_dict()  # the service has been given the clips of later batches
-        assert same(got + [next(served) for _ in range(6)], want)
-        assert max(float(batch.patches.float().std()) for batch in want) > 0
-    finally:
-        plain.close()
-        served.close()
-    resumed = make(0, None)
-    try:
-        resumed.load_state_dict(state)
-        assert same([next(resumed) for _ in range(6)], want[4:])
-    finally:
-        resumed.close()

@@ -97,6 +97,7 @@ def test_processes_give_the_same_bytes(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "both"]
 
 
+@pytest.mark.ray
 @pytest.mark.slow  # starts a Ray cluster of two processes
 def test_ray_gives_the_same_bytes(source, tmp_path):
     options = Options(samples_per_shard=3)
