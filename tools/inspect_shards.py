@@ -63,9 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
     try:
+        if given.limit < 1:
+            raise DataError(f"--limit {given.limit}: it must be at least 1")
+        if given.sheet and given.sheet.suffix.lower() != ".png":
+            raise DataError(f"--sheet {given.sheet}: give it a name that ends in .png")
         every = samples(given.folder)
         if given.sample is None:
-            chosen = list(islice(every, max(1, given.limit)))
+            chosen = list(islice(every, given.limit))
         else:
             numbered = ((number, sample) for number, sample in enumerate(every))
             chosen = list(islice((s for i, s in numbered if given.sample in (str(i), s.key)), 1))

@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from keye_data.errors import DataError
 from keye_data.video.container import check_size
@@ -27,6 +27,8 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray
             pixels = np.array(_rgb(ImageOps.exif_transpose(picture)))  # a copy: Pillow's own cannot be written to
     except DataError:
         raise
+    except UnidentifiedImageError as error:  # its own text holds an address in memory
+        raise DataError("picture: cannot be decoded (no known format)", "damaged picture") from error
     except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
         raise DataError(f"picture: cannot be decoded ({error})", "damaged picture") from error
     return resize(pixels[None], size)[0]

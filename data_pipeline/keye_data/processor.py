@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from keye_data.budget import TooSmallBudget, plan_frames, smart_resize, tokens_of, video_budget
-from keye_data.conversation import MALFORMED, media_names, normalise
+from keye_data.conversation import CONTROL_TOKENS, MALFORMED, media_names, normalise
 from keye_data.errors import DataError
 from keye_data.export import save_processor
 from keye_data.images import decode_image
@@ -58,12 +58,7 @@ class Processor:
             raise DataError(f"data.train_on: {settings.train_on!r} is neither answers nor all")
         if settings.too_long not in ("skip", "cut"):
             raise DataError(f"data.too_long: {settings.too_long!r} is neither skip nor cut")
-        try:
-            self.timestamp(0.0)
-        except (KeyError, IndexError, ValueError) as error:
-            raise DataError(
-                f"data.video.timestamp_format: {settings.video.timestamp_format!r} must format {{seconds}}: {error!r}"
-            ) from error
+        self._check_timestamp()
         self.image_token_id, self.video_token_id, self.start_id, self.end_id, self.eod_id = (
             tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END, ENDOFTEXT)
         )
@@ -161,6 +156,18 @@ class Processor:
         save_processor(self.tokenizer, self.settings, Path(folder))
 
     # ---- inside
+
+    def _check_timestamp(self) -> None:
+        what = f"data.video.timestamp_format: {self.settings.video.timestamp_format!r}"
+        try:
+            stamps = self.timestamp(0.0), self.timestamp(3661.5)
+        except (KeyError, IndexError, ValueError) as error:
+            raise DataError(f"{what} must format {{seconds}}: {error!r}") from error
+        if stamps[0] == stamps[1]:
+            raise DataError(f"{what} tells no time: it must format {{seconds}}")
+        for token in CONTROL_TOKENS:
+            if token in stamps[0]:
+                raise DataError(f"{what} holds the control token {token}, which would change the structure of the row")
 
     def _pieces(
         self,

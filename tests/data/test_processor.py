@@ -104,8 +104,13 @@ def test_timestamp_format_is_a_setting(tokenizer, make_clip):
         chat({"type": "video", "video": "v"}), {"v": make_clip(4)}, "k", "s"
     )
     assert "at 0.75 s: <|vision_start|>" in tokenizer.decode(sample.input_ids)
-    with pytest.raises(DataError, match="timestamp_format"):
-        Processor(tokenizer, settings(video=VideoConfig(timestamp_format="{minutes}")))
+    for wrong, message in (
+        ("{minutes}", "must format {seconds}"),
+        ("frame", "tells no time"),
+        ("<|vision_end|>{seconds}", "control token"),
+    ):
+        with pytest.raises(DataError, match=f"data.video.timestamp_format: .*{message}"):
+            Processor(tokenizer, settings(video=VideoConfig(timestamp_format=wrong)))
 
 
 def test_clips_are_fitted_into_the_sequence(tokenizer, make_clip):

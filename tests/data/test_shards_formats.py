@@ -279,4 +279,10 @@ def test_formats_that_do_not_fit(folder):
     for name in "abc":
         (folder / f"{name}.txt").write_bytes(b"\xef\xbb\xbfcaption")
     (folder / "notes.json").write_text("{}")
+    (folder / "notes.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"files of several kinds \(\.json, \.jsonl\); build them apart"):
+        detect(folder)
     assert [m["messages"][1]["content"] for m in built(folder, format="captions")] == ["caption"] * 3
+    (folder / "b.txt").write_text(" \n")
+    with pytest.raises(DataError, match=r"b\.png: its caption b\.txt is empty"):
+        build(folder, folder.parent / "empty", Options(format="captions"))

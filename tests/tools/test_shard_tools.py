@@ -69,6 +69,7 @@ def test_build_prints_what_it_did(tmp_path):
         (["none", "--reencode", "fps=-1"], "--reencode fps=-1"),
         (["none", "--workers", "0"], "--workers 0"),
         (["none", "--samples-per-shard", "0"], "--samples-per-shard 0"),
+        (["none", "--segment-seconds", "nan"], "--segment-seconds nan"),
         (["none", "--budget", "a=3"], "--budget needs --tokenizer"),
     ],
 )
@@ -125,6 +126,8 @@ def test_inspect_without_an_index(shards, tmp_path, capsys):
 
 def test_inspect_refuses(tmp_path, shards, capsys):
     inspect = tool("inspect_shards").main
+    assert inspect([str(shards), "--limit", "0"]) == 1 and "--limit 0" in capsys.readouterr().err
+    assert inspect([str(shards), "--sheet", "a.txt"]) == 1 and "ends in .png" in capsys.readouterr().err
     assert inspect([str(tmp_path / "none")]) == 1 and "no such folder; build" in capsys.readouterr().err
     assert inspect([str(tmp_path)]) == 1 and "holds no shards" in capsys.readouterr().err
     (tmp_path / "bad.tar").write_bytes(b"x" * 3000)

@@ -59,7 +59,7 @@ class Options:
         if self.on_error not in ON_ERROR:
             raise DataError(f"--on-error {self.on_error!r} is none of {', '.join(ON_ERROR)}")
         for name in ("samples_per_shard", "shard_bytes", "segment_seconds"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nor NaN
                 least = "above 0" if name == "segment_seconds" else "at least 1"
                 raise DataError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {least}")
         if self.budgets and self.tokenizer is None:

@@ -22,6 +22,11 @@ def detect(source: Path) -> str:
     files = _files(source, None)
     if not files:
         return "captions"
+    if others := {path.suffix for path in files} - {files[0].suffix}:
+        raise DataError(
+            f"{source}: it holds files of several kinds ({', '.join(sorted({files[0].suffix, *others}))}); build them apart, or "
+            "choose with --format"
+        )
     return "webdataset" if files[0].suffix == ".tar" else _style(files[0])
 
 
@@ -48,7 +53,7 @@ def _files(source: Path, format: str | None) -> list[Path]:
         raise DataError(f"{source}: no such file or folder")
     if not format and (source / ".nv-meta").is_dir():  # a shard folder, whatever lists lie beside its shards
         suffixes = (".tar",)
-    return next(filter(None, (sorted(source.glob(f"*{suffix}")) for suffix in suffixes)), [])
+    return sorted(path for suffix in suffixes for path in source.glob(f"*{suffix}"))
 
 
 def _style(path: Path) -> str:

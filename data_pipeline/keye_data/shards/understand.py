@@ -70,6 +70,8 @@ def _captioned(raw: Raw, video_suffix: str | None) -> Record:
         cure = "add it or take the file out of the folder"
         raise DataError(f"{path}: its caption {caption.name} is missing; {cure}", "missing caption")
     text = _decoded(MediaFile(caption, ".txt").read(), str(caption))
+    if not text.strip():
+        raise DataError(f"{path}: its caption {caption.name} is empty; write one or take both out", "missing caption")
     return _caption([path.relative_to(folder).as_posix()], text, str(path), Renamer(folder, str(path), video_suffix))
 
 
