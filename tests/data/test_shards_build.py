@@ -108,13 +108,13 @@ def test_ray_gives_the_same_bytes(source, tmp_path):
     write_lines(source / "bad", [{"text": "fine"}, {"text": 3}])
     with pytest.raises(DataError, match=r"data\.jsonl, line 2: `text` must be text"):
         build(source / "bad", tmp_path / "bad", options, pool=lambda: Ray("local", 2))
-    with pytest.raises(DataError, match=r"--ray 127\.0\.0\.1:1: the cluster cannot be reached"):
+    with pytest.raises(DataError, match=r"--ray: the Ray cluster 127\.0\.0\.1:1 cannot be reached"):
         build(source, tmp_path / "bad", options, pool=lambda: Ray("127.0.0.1:1", 2))
 
 
 def test_without_ray(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match=r'--ray needs Ray: pip install "ray'):
+    with pytest.raises(DataError, match=r'--ray needs Ray, which is not installed: pip install "ray'):
         build(source, tmp_path / "out", Options(), pool=lambda: Ray("", 1))
     assert not list(tmp_path.iterdir())
 

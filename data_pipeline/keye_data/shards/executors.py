@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
+from keye_data.cluster import connect
 from keye_data.errors import DataError
 from keye_data.shards.shard import Done, Task, build_shard
 
 POLL = 0.5  # seconds
-OBJECT_STORE = 256 << 20  # bytes, of a cluster started here: tasks and results are small
-INSTALL_RAY = 'pip install "ray>=2.60"'
 
 
 class Pool(Protocol):
@@ -124,31 +120,13 @@ class Ray:
     """
 
     def __init__(self, address: str, workers: int) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise DataError(f"--ray needs Ray: {INSTALL_RAY}") from error
+        self.started = connect(address or os.environ.get("RAY_ADDRESS") or "local", workers, "--ray")
+        import ray
+
         self.ray = ray
-        self.started = not ray.is_initialized()
-        if self.started:
-            self._start(address, workers)
         self.slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         # A task may be repeated: on a machine that was lost it has left nothing that counts.
         self.work = ray.remote(num_cpus=1, max_retries=3)(build_shard)
-
-    def _start(self, address: str, workers: int) -> None:
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "log_to_driver": False}
-        address = address or os.environ.get("RAY_ADDRESS") or "local"
-        if address == "local":
-            options |= {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-        _knock(address)
-        try:
-            self.ray.init(address, logging_level=logging.WARNING, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise DataError(f"--ray {address}: the cluster cannot be reached: {error}") from error
 
     def submit(self, task: Task) -> Any:
         return self.work.remote(task)
@@ -167,13 +145,3 @@ class Ray:
     def close(self) -> None:
         if self.started:
             self.ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """DataError if nothing answers at host:port, which Ray itself would find out after minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except (OSError, OverflowError) as error:
-            raise DataError(f"--ray {address}: the cluster cannot be reached: {error}") from error
