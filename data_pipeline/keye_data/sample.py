@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from keye_data.accounting import Skipped
-from keye_data.video import Part
+
+if TYPE_CHECKING:  # the model takes batches where there is no PyAV
+    from keye_data.video import Part
 
 IGNORE = -100
 

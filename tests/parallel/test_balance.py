@@ -182,21 +182,17 @@ def test_four_data_parallel_ranks(tmp_path: Path, qwen_tiktoken: Path, make_pict
 def test_two_ranks_encode_in_less_time(tmp_path: Path, qwen_tiktoken: Path, make_picture):
     """10 : 1 becomes 1 : 1, ideally 1.82 times as fast.
 
-    The clock on the wall also counts whoever else uses this machine's cores. So CPU time of the slower rank always, and
-    the log's encode time, which is the slower rank's by the clock, in steps in which nobody disturbed either rank.
+    CPU time of the slower rank over all steps; and by the clock, which also counts whoever else uses this machine's
+    cores, the best logged step: the log's encode time is the slower rank's. Where a second try does not help, it is slow.
     """
     shards = skewed_shards(tmp_path, make_picture, lambda i: i % 2 == 0)
     layout = ["parallel.context=2", "training.global_batch_size=2", "training.steps=8"]
-    (off, slow), (on, fast) = compare(tmp_path, shards, qwen_tiktoken, 2, layout)
-    cpu = [max(sum(cpu for cpu, _ in steps) for steps in by_rank) for by_rank in (slow, fast)]
-    wall = [quiet_steps(metrics, by_rank) for metrics, by_rank in ((off, slow), (on, fast))]
-    print(f"encoding, CPU {cpu[0]:.0f} -> {cpu[1]:.0f} ms; undisturbed steps by the log, ms: {wall[0]} -> {wall[1]}")
-    assert cpu[0] / cpu[1] > 1.4
-    if all(wall):
-        assert min(wall[0]) / min(wall[1]) > 1.4
-
-
-def quiet_steps(metrics: list[dict], by_rank: list[list[tuple[float, float]]]) -> list[float]:
-    """Logged encode times of the steps in which every rank had a core of its own: its clock agrees with its CPU time."""
-    times = zip(metrics, *by_rank, strict=True)
-    return [m["vit-encode-ms"] for m, *ranks in times if all(wall < 1.1 * cpu for cpu, wall in ranks)]
+    for attempt in range(2):
+        (off, slow), (on, fast) = compare(tmp_path / str(attempt), shards, qwen_tiktoken, 2, layout)
+        cpu = [max(sum(cpu for cpu, _ in steps) for steps in by_rank) for by_rank in (slow, fast)]
+        wall = [[m["vit-encode-ms"] for m in metrics] for metrics in (off, on)]
+        print(f"encoding, CPU {cpu[0]:.0f} -> {cpu[1]:.0f} ms; steps by the log, ms: {wall[0]} -> {wall[1]}")
+        assert cpu[0] / cpu[1] > 1.4
+        if min(wall[0]) / min(wall[1]) > 1.4:
+            return
+    pytest.fail("encoding is not 1.4 times as fast by the clock, twice")

@@ -58,7 +58,6 @@ def main(arguments: list[str]) -> None:
     for file in (given.png, given.json, given.skipped):
         if file is not None and not file.parent.is_dir():
             raise DataError(f"{file}: the folder {file.parent} does not exist")
-    logging.getLogger("keye_data").setLevel(logging.ERROR)  # what was skipped is said once, at the end
     torch.set_num_threads(1)  # as in a rank that shares its machine with others
     recipe = read_recipe(given.recipe, given.overrides)
     processor = Processor(load_tokenizer(recipe.data.tokenizer), recipe.data)
@@ -71,11 +70,15 @@ def main(arguments: list[str]) -> None:
         seed=recipe.seed,
         repeat=not given.once,
     )
+    log = logging.getLogger("keye_data")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what was skipped is said once, at the end
     try:
         ids = Ids(processor.start_id, processor.image_token_id, processor.video_token_id)
         found = _watched(lambda progress: measure(loader, given.samples, ids, progress), given.samples)
     finally:
         loader.close()
+        log.setLevel(level)
     numbers: dict[str, Any] = {"recipe": str(given.recipe), **summary(found, loader.source_sizes)}
     print_summary(recipe.name, numbers, found.bad)
     if given.json is not None:
