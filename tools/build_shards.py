@@ -160,7 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         return 1
     except KeyboardInterrupt:
-        print("build_shards: stopped; the same command goes on from here", file=sys.stderr)
+        begun = "; the same command goes on from here" if finished_shards(given.out) else " before a shard was finished"
+        print(f"build_shards: stopped{begun}", file=sys.stderr)
         return 130
     return 0
 

@@ -224,6 +224,16 @@ def test_bad_samples_and_what_is_done_about_them(tmp_path, make_clip):
         build(source, tmp_path / "none", Options(on_error="skip"))
 
 
+def test_choices_that_cannot_have_an_effect_are_refused(source, tmp_path):
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions/a.png").write_bytes((source / "2.png").read_bytes())
+    (tmp_path / "captions/a.txt").write_text("A picture.")
+    with pytest.raises(DataError, match=r"--media .*: captions have their media beside them"):
+        build(tmp_path / "captions", tmp_path / "out", Options(media=source))
+    with pytest.raises(DataError, match="inside: it lies inside the source"):
+        build(tmp_path / "captions", tmp_path / "captions/inside", Options())
+
+
 def stop_at(source: Path, out: Path, options: Options, finished: int) -> None:
     """A build that ends by an error once `finished` shards are whole."""
 
