@@ -230,8 +230,9 @@ def test_choices_that_cannot_have_an_effect_are_refused(source, tmp_path):
     (tmp_path / "captions/a.txt").write_text("A picture.")
     with pytest.raises(DataError, match=r"--media .*: captions have their media beside them"):
         build(tmp_path / "captions", tmp_path / "out", Options(media=source))
-    with pytest.raises(DataError, match="inside: it lies inside the source"):
-        build(tmp_path / "captions", tmp_path / "captions/inside", Options())
+    build(tmp_path / "captions", tmp_path / "captions/inside", Options())  # its tars are no pictures
+    with pytest.raises(DataError, match="again: it lies among the tars that are read"):
+        build(tmp_path / "captions/inside", tmp_path / "captions/inside/again", Options())
 
 
 def stop_at(source: Path, out: Path, options: Options, finished: int) -> None:

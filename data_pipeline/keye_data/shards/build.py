@@ -66,11 +66,11 @@ def build(
     source, out = source.absolute(), out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: it exists already; remove it or choose another folder")
-    if out.is_relative_to(source):
-        raise DataError(f"{out}: it lies inside the source; choose a folder elsewhere")
     options = replace(
         options, format=options.format or detect(source), media=options.media and options.media.absolute()
     )
+    if options.format == "webdataset" and out.is_relative_to(source):
+        raise DataError(f"{out}: it lies among the tars that are read; choose a folder elsewhere")
     if options.media and options.format in ("captions", "webdataset"):
         raise DataError(f"--media {options.media}: {options.format} have their media beside them; leave it out")
     folder = growing_folder(out)
