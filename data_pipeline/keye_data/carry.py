@@ -32,10 +32,15 @@ def carry(documents: Iterable[Document], room: int = CARRY_BYTES) -> None:
         document.media = carried
 
 
-def _take(media: Media, part: Part) -> Part:
+def in_hand(kind: str, part: Part) -> Part:
+    """The part without its shard: a picture's bytes, of a film the packets that its frames need. `kind` as in Media."""
     if not isinstance(part.data, Stretch):
         return part
+    return Part(content(part.data), part.frames) if kind == "image" else Part(*trim(part.data, part.frames))
+
+
+def _take(media: Media, part: Part) -> Part:
     try:
-        return Part(content(part.data), part.frames) if media.kind == "image" else Part(*trim(part.data, part.frames))
+        return in_hand(media.kind, part)
     except (DataError, ValueError, IndexError, OSError):
         return part

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from keye_data import cluster
+from keye_data.carry import in_hand
 from keye_data.errors import DataError
 from keye_data.pixels import PATCH, decode_pixels, media_grid
 from keye_data.processor import Processor
 from keye_data.sample import Media
 from keye_data.settings import DecodeServiceConfig, VideoConfig
-from keye_data.stretch import Stretch, content
-from keye_data.video import Part, UnsupportedCodec, trim
+from keye_data.video import UnsupportedCodec
 
 log = logging.getLogger(__name__)
 UNDER_WAY = 2  # parts sent to an actor at a time: one in the making, one waiting; the rest wait here
@@ -158,7 +158,8 @@ class DecodeService:
                 return
             request = self.waiting.popleft()
             try:
-                media = _in_hand(request.media)
+                (part,) = request.media.parts
+                media = replace(request.media, parts=[in_hand(request.media.kind, part)])
             except DataError as error:
                 request.result = error
                 continue
@@ -242,12 +243,3 @@ class _Refusal:
 
     def error(self) -> DataError:
         return UnsupportedCodec(self.message) if self.unsupported else DataError(self.message, self.reason)
-
-
-def _in_hand(media: Media) -> Media:
-    """With the bytes that are needed, in place of where they lie."""
-    (part,) = media.parts
-    if not isinstance(part.data, Stretch):
-        return media
-    taken = Part(content(part.data), part.frames) if media.kind == "image" else Part(*trim(part.data, part.frames))
-    return replace(media, parts=[taken])

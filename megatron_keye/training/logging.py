@@ -16,6 +16,7 @@ from typing import Any
 
 from keye_data.accounting import Skipped
 from megatron_keye.config.recipe import Recipe
+from megatron_keye.metrics import read_rows
 
 
 def say(text: str) -> None:
@@ -105,7 +106,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = read_rows(metrics)
     if not rows:
         return
     names = [n for n in ("lm loss", "indexer loss") if any(n in r for r in rows)]

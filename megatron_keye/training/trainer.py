@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -246,8 +245,3 @@ class Trainer:
     def close(self) -> None:
         if self.loader is not None and hasattr(self.loader, "close"):
             self.loader.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict]:
-    """The steps of a run, as dictionaries."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

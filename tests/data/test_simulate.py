@@ -16,9 +16,9 @@ import keye_data.tokenizer
 from keye_data.errors import DataError
 from keye_data.loader import Loader
 from keye_data.processor import Processor
+from keye_data.recipe import read_recipe
 from keye_data.shards import build_shards
 from keye_data.simulate.__main__ import main
-from keye_data.simulate.recipe import read_recipe
 from megatron_keye.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

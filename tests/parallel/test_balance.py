@@ -17,12 +17,13 @@ from keye_data.shards import build_shards
 from megatron_keye.config.load import load_recipe
 from megatron_keye.config.model import build_config
 from megatron_keye.config.parallel import ParallelConfig
+from megatron_keye.metrics import read_rows
 from megatron_keye.parallel import plan
 from megatron_keye.parallel.balance import deal, deal_evenly, frame_cost, imbalance
 from megatron_keye.parallel.vision import VisionStep
 from megatron_keye.planning.flops import step_flops, vision_forward
 from megatron_keye.training.feed import BlockFeed
-from megatron_keye.training.trainer import Trainer, read_metrics
+from megatron_keye.training.trainer import Trainer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 HEAVY, LIGHT, SIDE = 40, 4, 112  # pictures of a sample, and their pixels across: 16 tokens each
@@ -151,7 +152,7 @@ def compare(folder: Path, shards: Path, tokenizer: Path, ranks: int, overrides: 
     for balance in (False, True):
         run_dir = folder / f"run-{balance}"
         spent = launch(run, ranks, run_dir, shards, tokenizer, balance, overrides, timeout=300)
-        results.append((read_metrics(run_dir), spent))
+        results.append((read_rows(run_dir / "metrics.jsonl"), spent))
     (off, _), (on, _) = results
     assert [m["lm loss"] for m in on] == pytest.approx([m["lm loss"] for m in off], rel=1e-5)
     assert [m["grad-norm"] for m in on] == pytest.approx([m["grad-norm"] for m in off], rel=1e-4)

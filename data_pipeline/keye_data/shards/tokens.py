@@ -10,6 +10,7 @@ from typing import Any
 
 from keye_data.errors import DataError
 from keye_data.processor import Processor
+from keye_data.recipe import read_recipe
 from keye_data.settings import DataConfig, VideoConfig
 from keye_data.tokenizer import load_tokenizer
 
@@ -22,22 +23,13 @@ def parse_budget(text: str) -> tuple[str, DataConfig]:
     if named:
         tokens = int(named[2])
         return named[1], DataConfig(tokenizer="-", seq_length=tokens, video=VideoConfig(total_tokens=tokens))
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     path = Path(text)
     if not path.is_file():
         raise DataError(f"--budget {text}: no such recipe file, and not NAME=TOKENS")
     try:
-        recipe = OmegaConf.load(path)
-        section = OmegaConf.select(recipe, "data")
-        if section is None:
-            raise DataError(f"--budget {text}: it has no `data` section")
-        merged = OmegaConf.merge(OmegaConf.structured(DataConfig(tokenizer="-")), section)
-        return path.stem, OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--budget {text}: {error}") from error
+        return path.stem, read_recipe(path, ["data.tokenizer=-"]).data  # --tokenizer is the one that counts
+    except DataError as error:
+        raise DataError(f"--budget {error}") from error
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Runs the loader of a recipe alone, as one data-parallel rank would.
 
-  python -m keye_data.simulate recipes/stage1.yaml profile=mini
-  python -m keye_data.simulate recipes/stage3.yaml --ranks 64 --samples 5000 data.workers=8 --png loader.png
+  python -m keye_data.recipes/stage1.yaml profile=mini
+  python -m keye_data.recipes/stage3.yaml --ranks 64 --samples 5000 data.workers=8 --png loader.png
 
 It reads, packs and decodes as training does, without model: if it waits here, training waits. Samples that cannot be used
 are listed with their reasons.
@@ -46,9 +46,9 @@ def main(arguments: list[str]) -> None:
     from keye_data.errors import DataError
     from keye_data.loader import Loader
     from keye_data.processor import Processor
+    from keye_data.recipe import read_recipe
     from keye_data.simulate.measure import Ids, measure, summary
     from keye_data.simulate.picture import draw
-    from keye_data.simulate.recipe import read_recipe
     from keye_data.simulate.table import print_summary
     from keye_data.tokenizer import load_tokenizer
 

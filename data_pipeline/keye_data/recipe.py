@@ -1,4 +1,4 @@
-"""What the loader needs of a recipe, whose other sections are the trainer's."""
+"""What the data side needs of a recipe, whose other sections are the trainer's."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> DataRecipe:
         raise DataError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(recipe, DictConfig):
         raise DataError(f"{path}: a recipe is a mapping of sections")
+    if "data" not in recipe:
+        raise DataError(f"{path}: it has no `data` section")
     profiles = recipe.pop("profiles", None) or OmegaConf.create({})
     for name in [text.removeprefix(PROFILE) for text in overrides if text.startswith(PROFILE)]:
         if name not in profiles:
