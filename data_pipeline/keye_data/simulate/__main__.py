@@ -1,7 +1,7 @@
 """Runs the loader of a recipe alone, as one data-parallel rank would.
 
-  python -m keye_data.recipes/stage1.yaml profile=mini
-  python -m keye_data.recipes/stage3.yaml --ranks 64 --samples 5000 data.workers=8 --png loader.png
+  python -m keye_data.simulate recipes/stage1.yaml profile=mini
+  python -m keye_data.simulate recipes/stage3.yaml --ranks 64 --samples 5000 data.workers=8 --png loader.png
 
 It reads, packs and decodes as training does, without model: if it waits here, training waits. Samples that cannot be used
 are listed with their reasons.
