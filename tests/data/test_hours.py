@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
+import psutil
 import pytest
 from training_runs import command, finish, metrics, start
 
@@ -201,14 +202,18 @@ def test_a_real_hour_is_exact(tokenizer, hour_of_film, tmp_path):
     np.testing.assert_array_equal(batch.patches.numpy(), want.reshape(-1, 3, 14, 14))
 
 
-def memory(pid: int, field: str) -> int:
-    """VmRSS or VmHWM (its peak) of a process, in bytes."""
+def peak_memory(pid: int) -> int:
+    """The most that was resident of a process, shared pages too, in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) << 10
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) << 10
 
 
 def watch(loader: Loader, samples: int) -> tuple[int, list[int], int]:
-    """Takes batches from the loader's only worker as it sends them -> (frames planned, its memory after each, its peak)."""
+    """Takes batches from the loader's only worker as it sends them -> (frames planned, bytes of its own after each, its peak).
+
+    Its own are those it does not share with this process, from which it was forked: what it fills of pages that it
+    inherited counts among them.
+    """
     before = {child.pid for child in multiprocessing.active_children()}
     taken, frames, now, worker = 0, 0, [], 0
     for item in loader._loader:
@@ -216,10 +221,10 @@ def watch(loader: Loader, samples: int) -> tuple[int, list[int], int]:
         taken += len(item.rows.documents)
         frames += sum(media.n_frames for document in item.rows.documents for media in document.media)
         assert item.skipped == []
-        now.append(memory(worker, "VmRSS"))
+        now.append(psutil.Process(worker).memory_full_info().uss)
         if taken >= samples:
             break
-    peak = memory(worker, "VmHWM")
+    peak = peak_memory(worker)
     loader.close()
     print(f"{taken} samples, {frames} frames; worker: peak {peak / MIB:.0f} MiB, by eighths", end=" ")
     print([int(max(part)) // MIB for part in np.array_split(now, min(8, len(now)))])

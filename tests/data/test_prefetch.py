@@ -114,19 +114,20 @@ def test_nobody_who_forgets_to_close_leaves_a_thread():
 
 
 def test_a_signal_reaches_the_handler_while_a_batch_is_waited_for():
-    got: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
     maker = Maker()
+    got: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append(maker.count))
     items = Prefetch(maker.make, 1)
     try:
         next(items), next(items), next(items)
-        maker.seconds = 0.5
+        assert wait_until(lambda: maker.count == 4)  # one waits
+        maker.seconds = 1.0
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         assert [next(items) for _ in range(3)] == [3, 4, 5]
     finally:
         signal.signal(signal.SIGTERM, before)
         items.close()
-    assert got == [signal.SIGTERM]
+    assert got == [4], "while the fifth was being made"
 
 
 # ---- the loader

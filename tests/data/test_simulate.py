@@ -151,6 +151,7 @@ def test_the_command(folder):
     command = [sys.executable, "-m", "keye_data.simulate"]
     begin = time.perf_counter()
     shown = subprocess.run([*command, "--help"], env=env, cwd=folder, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - begin < 3 and "--samples" in shown.stdout and "profile=mini" in shown.stdout
+    assert time.perf_counter() - begin < 3 and "--samples" in shown.stdout
+    assert "python -m keye_data.simulate recipes/stage1.yaml profile=mini\n" in shown.stdout
     wrong = subprocess.run([*command, "none.yaml"], env=env, cwd=folder, capture_output=True, text=True, check=False)
     assert wrong.returncode == 1 and wrong.stderr.strip() == "error: recipe none.yaml not found"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -48,8 +50,13 @@ def run_folder(words: list[str]) -> Path:
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
-    """(exit code, everything it printed)"""
-    text, _ = process.communicate(timeout=timeout)
+    """(exit code, everything it printed). Where it takes longer than `timeout` seconds, nothing of it is left behind."""
+    try:
+        text, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
+        raise
     return process.returncode, text
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,16 +14,9 @@ from PIL import Image
 from keye_data.shards import Options, build
 from keye_data.shards.inspect import samples
 from keye_data.shards.sheet import CELL, spread
+from tools import build_shards, inspect_shards
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +65,13 @@ def test_build_prints_what_it_did(tmp_path):
     ],
 )
 def test_build_refuses(tmp_path, capsys, arguments, message):
-    assert tool("build_shards").main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert build_shards.main([*arguments, "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") <= 2 and not list(tmp_path.iterdir())
 
 
 def test_inspect_table(shards, capsys):
-    inspect = tool("inspect_shards").main
+    inspect = inspect_shards.main
     assert inspect([str(shards)]) == 0
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
@@ -99,7 +90,7 @@ def test_inspect_table(shards, capsys):
 
 
 def test_contact_sheet(shards, tmp_path, capsys):
-    inspect, sheet = tool("inspect_shards").main, tmp_path / "sheet.png"
+    inspect, sheet = inspect_shards.main, tmp_path / "sheet.png"
     assert inspect([str(shards), "--sheet", str(sheet)]) == 0
     assert "14 pictures and frames" in capsys.readouterr().out  # 1 picture, 6 frames of each clip, 1 reason
     with Image.open(sheet) as opened:
@@ -120,12 +111,12 @@ def test_inspect_without_an_index(shards, tmp_path, capsys):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "s.tar").write_bytes((shards / "shard-000000.tar").read_bytes())
     assert [sample.line for sample in samples(tmp_path / "x")] == [{}, {}]
-    assert tool("inspect_shards").main([str(tmp_path / "x")]) == 0
+    assert inspect_shards.main([str(tmp_path / "x")]) == 0
     assert " 2.0 " in capsys.readouterr().out
 
 
 def test_inspect_refuses(tmp_path, shards, capsys):
-    inspect = tool("inspect_shards").main
+    inspect = inspect_shards.main
     assert inspect([str(shards), "--limit", "0"]) == 1 and "--limit 0" in capsys.readouterr().err
     assert inspect([str(shards), "--sheet", "a.txt"]) == 1 and "ends in .png" in capsys.readouterr().err
     assert inspect([str(tmp_path / "none")]) == 1 and "no such folder; build" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from megatron_keye.config.validate import validate
 from megatron_keye.errors import UserError
 from megatron_keye.model.health import PER_QUERY
 from megatron_keye.parallel import plan
+from megatron_keye.training.engine import Engine
 from megatron_keye.training.health import Health, check_gate, metrics_of
 
 
@@ -54,6 +55,22 @@ class TestGate:
         (tmp_path / "metrics.jsonl").unlink()
         with pytest.raises(UserError, match=r"metrics.jsonl holds no dsa/recall-mass"):
             check_gate(tmp_path / "checkpoints" / "iter_0000020", 0.1)
+
+    def test_a_run_asks_before_it_reads_a_weight(self, tmp_path):
+        recipe = load_recipe(RECIPES / "dsa_sparse.yaml", ["profile=mini", "training.recall_gate=0.3"])
+        found = warm_up(tmp_path, step20=0.2)
+        found.mkdir(parents=True)
+        (found / "checksums.json").write_text("{}")
+        recipe.training.init_from = str(found.parent)
+        with pytest.raises(UserError, match=r"recall_gate = 0.3: at step 20 .* find 0.200"):
+            Engine(recipe, plan.initialize(recipe.parallel))
+        warm_up(tmp_path, step20=0.4)
+        with pytest.raises(UserError, match=r"checksums\.json is damaged"):  # through the gate, to the weights
+            Engine(recipe, plan.initialize(recipe.parallel))
+        (tmp_path / "config.json").write_text("{}")
+        recipe.training.init_from = str(tmp_path)
+        with pytest.raises(UserError, match=r"recall_gate: the folder .* tells no recall"):
+            Engine(recipe, plan.initialize(recipe.parallel))
 
 
 @pytest.mark.parametrize(
