@@ -1,7 +1,8 @@
 """Decoding, loading and packing, measured side by side:  python data_pipeline/benchmarks/bench_data.py [--quick] [--only PART ...]
 
 Writes results/bench_data.json with settings, machine and date, prints its tables, and puts them into README.md beside it.
-Every part checks that frames are the right ones, or samples all there, before it times anything, and stops if they are not.
+Nothing is written unless the frames are right: a decoder's are compared with the clip read from its start before it is timed, the
+loader's first batch with the bare decoder's to the bit, those of a trimmed clip with those of the whole; packing may lose no sample.
 Needs the film and the tokenizer of tools/fetch_samples.py (60 MB), which it fetches itself, and about twenty CPU minutes;
 with --quick generated clips and two minutes, and then neither README.md nor results are touched. Clips are kept in --cache.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from benchmarks.measure import machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_data.json"
 PARTS = ("decoders", "loader", "trim", "fill", "nvdec")
+Part = Callable[[], dict[str, Any]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes")
     options = parser.parse_args(arguments)
     quick: bool = options.quick
-    out: Path | None = options.out or (None if quick else RESULTS)
+    out: Path | None = options.out.resolve() if options.out else None if quick else RESULTS
+    if options.device and "nvdec" not in options.only:
+        parser.error("--device: only nvdec has one, and --only leaves it out")
+    if quick and out == RESULTS:
+        parser.error(f"--out: {options.out} holds the committed figures, which --quick does not make")
     try:
         found = measure(options.only, quick, options.cache, options.device)
     except (WrongFrames, RuntimeError, ValueError) as error:
@@ -51,33 +58,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(parts: tuple[str, ...] | list[str], quick: bool, cache: Path, device: str | None) -> dict[str, Any]:
+def measure(parts: Sequence[str], quick: bool, cache: Path, device: str | None) -> dict[str, Any]:
     """part -> its figures, each with the machine and the date of its run."""
-    found: dict[str, Any] = {}
-    material = None
+    with_torchcodec = {"decoders", "nvdec"} & set(parts)
+    torchcodec = ffmpeg.torchcodec(cache) if with_torchcodec else "not asked for"
+    run: dict[str, Part] = {"fill": fill.measure}
     if set(parts) - {"fill"}:
-        material = clips.generated(cache / "made") if quick else clips.real(cache, seconds=60, hour=3600)
-    torchcodec = ffmpeg.torchcodec(cache) if {"decoders", "nvdec"} & set(parts) else "not asked for"
-    repeats = 1 if quick else 3
+        run |= _on_clips(quick, cache, device, torchcodec)
+    found: dict[str, Any] = {}
     for part in parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
-        here, result = machine(), None
-        if part == "fill":
-            result = fill.measure()
-        elif material is None:
-            continue
-        elif part == "decoders":
-            result = {"rows": decoders.measure(material, repeats, torchcodec)}
-        elif part == "loader":
-            tokenizer = clips.tokenizer(cache)
-            batches, piece = (1, 2.0) if quick else (3, 10.0)
-            result = {"rows": end_to_end.measure(material, tokenizer, repeats, batches, piece)}
-        elif part == "trim":
-            result = trimming.measure(material, 6 if quick else 128, cache)
-        elif part == "nvdec":
-            result = nvdec.measure(material, repeats, torchcodec, device, rehearsal=quick)
-        found[part] = {"machine": here, "quick": quick, **(result or {})}
+        here = machine()
+        if part in with_torchcodec and isinstance(torchcodec, dict):
+            here["packages"]["torchcodec"] = ffmpeg.version(torchcodec)  # this process need not have it
+        found[part] = {"machine": here, "quick": quick, **run[part]()}
     return found
+
+
+def _on_clips(quick: bool, cache: Path, device: str | None, torchcodec: dict[str, str] | str) -> dict[str, Part]:
+    """The parts that decode, with the clips for them made."""
+    material = clips.generated(cache / "made") if quick else clips.real(cache, seconds=60, hour=3600)
+    repeats, batches, piece, frames = (1, 1, 2.0, 6) if quick else (3, 3, 10.0, 128)
+    return {
+        "decoders": lambda: {"rows": decoders.measure(material, repeats, torchcodec)},
+        "loader": lambda: {"rows": end_to_end.measure(material, clips.tokenizer(cache), repeats, batches, piece)},
+        "trim": lambda: trimming.measure(material, frames, cache),
+        "nvdec": lambda: nvdec.measure(material, repeats, torchcodec, device, rehearsal=quick),
+    }
 
 
 if __name__ == "__main__":

@@ -39,6 +39,13 @@ def torchcodec(cache: Path) -> dict[str, str] | str:
     return at if problem is None else f"cannot be imported: {problem}"
 
 
+def version(environment: dict[str, str]) -> str:
+    """Of the torchcodec that a process with these variables imports."""
+    command = [sys.executable, "-c", "from importlib.metadata import version; print(version('torchcodec'))"]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.strip()
+
+
 def _before(folder: Path | str, variable: str) -> str:
     known = os.environ.get(variable)
     return f"{folder}{os.pathsep}{known}" if known else str(folder)

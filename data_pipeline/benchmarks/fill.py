@@ -1,8 +1,11 @@
-"""How full rows are: the packer and the default buffer of the `data` section on the committed list of lengths."""
+"""How full rows are: the packer on the committed list of lengths, and on lists for shorter and longer rows beside it.
+
+The committed list is for rows of 32,768 tokens. The others are drawn as it was, by lengths.generate, for the rows of the other
+recipes: the longer the row, the more samples it takes to fill, and the larger the buffer has to be.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +14,7 @@ from keye_data.packing import best_fit, rows_to_send
 from keye_data.settings import DataConfig
 
 BUFFERS = (16, 32, 64, 128, 256, 512)
+OTHER_ROWS = (8_192, 65_536, 131_072, 262_144)  # tokens
 TARGET = 0.97
 
 
@@ -40,24 +44,29 @@ def gate(rows: list[list[int]], sizes: Sequence[int], row: int) -> None:
         raise ValueError(f"a row holds more than {row} tokens: samples {worst[0]}")
 
 
-def measure(sizes: Sequence[int] | None = None, row: int = lengths.ROW) -> dict[str, Any]:
-    """The share of tokens that are no padding: with the default buffer, and beside it with others."""
+def measure(sizes: Sequence[int] | None = None) -> dict[str, Any]:
+    """The share of tokens that are no padding: with the default buffer, and beside it with others and in other rows.
+
+    `sizes`: lengths for rows of lengths.ROW tokens, otherwise the committed ones.
+    """
     sizes = lengths.read() if sizes is None else sizes
     default = DataConfig().packing_buffer
-    fills, seconds = {}, 0.0
-    for buffer in sorted({*BUFFERS, default}):
-        begin = time.process_time()
-        rows = packed(sizes, row, buffer)
-        if buffer == default:
-            seconds = time.process_time() - begin
-        gate(rows, sizes, row)
-        fills[buffer] = sum(sizes) / (len(rows) * row)
+    buffers = sorted({*BUFFERS, default})
+    found = _filled(sizes, lengths.ROW, buffers)
     return {
-        "settings": {"row": row, "lengths": len(sizes), "default_buffer": default},
-        "share_above_an_eighth": sum(8 * size > row for size in sizes) / len(sizes),
-        "mean_length": sum(sizes) / len(sizes),
-        "fill": {str(buffer): fill for buffer, fill in fills.items()},
-        "fill_with_default": fills[default],
-        "microseconds_a_sample": 1e6 * seconds / len(sizes),
+        "settings": {"row": lengths.ROW, "lengths": len(sizes), "default_buffer": default},
+        **found,
+        "fill_with_default": found["fill"][str(default)],
         "target": TARGET,
+        "other_rows": {str(row): _filled(lengths.generate(row=row), row, buffers) for row in OTHER_ROWS},
     }
+
+
+def _filled(sizes: Sequence[int], row: int, buffers: Sequence[int]) -> dict[str, Any]:
+    """How many lengths are large for rows of `row` tokens, and how full those are by buffer."""
+    fills = {}
+    for buffer in buffers:
+        rows = packed(sizes, row, buffer)
+        gate(rows, sizes, row)
+        fills[str(buffer)] = sum(sizes) / (len(rows) * row)
+    return {"share_above_an_eighth": sum(8 * size > row for size in sizes) / len(sizes), "fill": fills}

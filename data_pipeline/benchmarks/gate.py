@@ -8,8 +8,6 @@ from pathlib import Path
 import av
 import numpy as np
 
-from keye_data.video.frames import resize
-
 NEIGHBOURS = 2
 
 
@@ -26,9 +24,7 @@ def in_order(clip: Path) -> Iterator[np.ndarray]:
             yield frame.reformat(format="rgb24", threads=1).to_ndarray()
 
 
-def check(
-    clip: Path, frames: np.ndarray, indices: Sequence[int], tolerance: float, size: tuple[int, int] | None = None
-) -> float:
+def check(clip: Path, frames: np.ndarray, indices: Sequence[int], tolerance: float) -> float:
     """Largest mean difference (of 255) between `frames` (uint8 [F, H, W, 3]) and frames `indices` (ascending) of the clip.
 
     WrongFrames if one differs by more than `tolerance`, or if another frame near it fits it better.
@@ -40,7 +36,7 @@ def check(
     for number, picture in enumerate(in_order(clip)):
         near = [k for k in waiting if abs(indices[k] - number) <= NEIGHBOURS]
         if near:
-            seen = resize(picture[None], size)[0].astype(np.int16)
+            seen = picture.astype(np.int16)
             for k in near:
                 errors[k][number] = float(np.abs(frames[k].astype(np.int16) - seen).mean())
         waiting = [k for k in waiting if indices[k] + NEIGHBOURS > number]
