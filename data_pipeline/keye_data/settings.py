@@ -53,7 +53,7 @@ class DataConfig:
     seq_length: int = 8192  # tokens of one packed row
     too_long: str = "skip"  # skip | cut: plain documents lose their end; conversations and media are skipped even so
     packing: bool = True
-    packing_buffer: int = 64  # samples waiting to be packed: rows 0.98 full where half are over 1/8 of a row
+    packing_buffer: int = 64  # samples waiting to be packed: at rows of 32,768, half over 1/8 of it, 0.98 full
     shuffle_buffer: int = 100
     workers: int = 2  # loader processes per data-parallel rank
     prefetch: int = 2  # batches decoded ahead, in a thread, while the step runs; 0: decoded when they are asked for
