@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import clips, decoders, end_to_end, gate, nvdec, tables, trimming
+from benchmarks import bench_data, clips, decoders, end_to_end, ffmpeg, fill, gate, nvdec, tables, trimming
 from keye_data import video
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+WITH_BUFFER = sorted(path.stem for path in RECIPES.glob("*.yaml") if "packing_buffer:" in path.read_text())
+BUFFER = re.compile(r"# samples waiting to be packed: (.*)\n  packing_buffer: (\d+)")
+FIGURES = re.compile(r"(\d+) fill rows of ([\d,]+) to (0\.\d+) \(data_pipeline/benchmarks\), (\d+) to (0\.\d+)")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +114,70 @@ def test_threads_are_rehearsed_on_a_cpu(made):
     assert "GPU `unverified`" in table and "not installed: unverified" in table
 
 
+def test_options_without_effect_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_data.main(["--only", "fill", "--device", "cpu"])
+    assert "only nvdec has one" in capsys.readouterr().err
+
+
+def test_quick_figures_do_not_replace_the_committed_ones(capsys, monkeypatch):
+    before = bench_data.RESULTS.read_bytes()
+    monkeypatch.chdir(bench_data.RESULTS.parent)
+    with pytest.raises(SystemExit):
+        bench_data.main(["--only", "fill", "--quick", "--out", bench_data.RESULTS.name])
+    assert "holds the committed figures" in capsys.readouterr().err
+    assert bench_data.RESULTS.read_bytes() == before
+
+
+def test_a_part_is_written_beside_the_others(tmp_path):
+    out = tmp_path / "figures.json"
+    out.write_text(json.dumps({"trim": "as it was"}))
+    assert bench_data.main(["--only", "fill", "--quick", "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["trim"] == "as it was" and written["fill"]["machine"]["date"]
+    # nothing in it hangs on the machine, so the committed figures are these
+    figures = [
+        {k: v for k, v in one.items() if k not in ("machine", "quick")}
+        for one in (written["fill"], committed()["fill"])
+    ]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("recipe", WITH_BUFFER)
+def test_recipes_state_the_measured_fill_of_their_own_row(recipe):
+    text = (RECIPES / f"{recipe}.yaml").read_text()
+    row = int(re.findall(r"^  seq_length: (\d+)", text, re.MULTILINE)[0])
+    said, buffer = BUFFER.findall(text)[0]
+    (one,) = FIGURES.findall(said)
+    found = committed()["fill"]
+    fills = found["fill"] if row == found["settings"]["row"] else found["other_rows"][str(row)]["fill"]
+    assert one[0] == buffer and int(one[1].replace(",", "")) == row
+    assert (one[2], one[4]) == (f"{fills[one[0]]:.3f}", f"{fills[one[3]]:.3f}")
+    assert fills[buffer] >= fill.TARGET
+
+
+def test_the_version_of_a_borrowed_torchcodec_is_told(tmp_path):
+    info = tmp_path / "torchcodec-1.2.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchcodec\nVersion: 1.2.3\n")
+    assert ffmpeg.version({"PYTHONPATH": str(tmp_path)}) == "1.2.3"
+    for part in ("decoders", "nvdec"):
+        found = committed()[part]
+        measured = any("torchcodec" in row["decoder"] and "cpu" in row for row in found["rows"])
+        assert "torchcodec" in found["machine"]["packages"] or not measured
+
+
+def test_every_row_of_the_trim_has_its_own_count_of_frames():
+    found = committed()["trim"]
+    for number, row in enumerate(found["rows"]):
+        row["of_frames"] = 1000 + number
+    table = tables.trim(found)
+    for row in found["rows"]:
+        assert f"| {row['form']} | {found['settings']['frames']} of {row['of_frames']} | {row['cpu']:.1f} |" in table
+
+
 def test_readme_holds_the_committed_results():
-    document = json.loads((Path(tables.HERE) / "results" / "bench_data.json").read_text())
+    document = committed()
     text = tables.README.read_text()
     assert tables.filled(text, document) == text
     assert set(document) == set(tables.TABLES)
@@ -120,3 +188,7 @@ def test_readme_holds_the_committed_results():
 def _with_machine(found: dict) -> dict:
     here = {"processor": "-", "cores": 1, "load_at_start": 0.0, "packages": {}, "date": "-"}
     return {"machine": here, "quick": True, **found}
+
+
+def committed() -> dict:
+    return json.loads(bench_data.RESULTS.read_text())
