@@ -29,7 +29,7 @@ $(VENV)/installed: setup.py
 demo: install  ## real clips to a trained, exported mini Keye on two ranks; PROFILE=short for a quick look
 	$(BIN)/python tools/demo.py --profile $(PROFILE)
 
-test: install  ## every test that this machine can run (about 40 minutes)
+test: install  ## every test that this machine can run (about 45 minutes)
 	$(BIN)/python -m pytest -q
 
 checks: install  ## style, lint and types
