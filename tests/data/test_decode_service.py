@@ -17,15 +17,12 @@ from keye_data.decode_service import DecodeService
 from keye_data.errors import DataError
 from keye_data.loader import Loader
 from keye_data.pixels import decode_pixels
-from keye_data.processor import Processor
-from keye_data.sample import Batch, Media
-from keye_data.settings import DataConfig, DecodeServiceConfig, SourceConfig, VideoConfig
+from keye_data.sample import Media
+from keye_data.settings import DecodeServiceConfig, VideoConfig
 from keye_data.shards import build_shards
 from keye_data.stretch import Stretch
 from keye_data.video import Part, UnsupportedCodec
-
-TENSORS = ("input_ids", "targets", "position_ids", "key_start", "key_stop", "patches", "grid")
-
+from tests.data.loading import same
 
 # ---- what is refused before anything starts
 
@@ -87,7 +84,7 @@ class Deadly(str):
 
 @pytest.mark.ray
 @pytest.mark.slow  # a loader with actors of its own: 15 to 30 s
-def test_the_loader_gives_the_same_batches_and_goes_on_from_the_same_places(clips, tokenizer, tmp_path):
+def test_the_loader_gives_the_same_batches_and_goes_on_from_the_same_places(clips, open_loader, tmp_path):
     for i, clip in enumerate(clips):
         (tmp_path / f"{i}.mp4").write_bytes(clip)
     lines = []
@@ -98,41 +95,27 @@ def test_the_loader_gives_the_same_batches_and_goes_on_from_the_same_places(clip
     build_shards(tmp_path / "data.jsonl", tmp_path / "shards", samples_per_shard=3)
 
     def make(prefetch: int, address: str | None) -> Loader:
-        settings = DataConfig(
-            tokenizer="-",
-            sources=[SourceConfig(str(tmp_path / "shards"))],
+        return open_loader(
+            tmp_path / "shards",
             seq_length=256,
-            packing_buffer=4,
-            shuffle_buffer=4,
             workers=1,
             prefetch=prefetch,
             video=VideoConfig(min_frame_tokens=4, max_frame_tokens=8),
             decode_service=DecodeServiceConfig(address, actors=1),
         )
-        return Loader(settings, Processor(tokenizer, settings), rank=0, world_size=1, micro_batch_size=1, seed=3)
-
-    def same(a: list[Batch], b: list[Batch]) -> bool:
-        return [x.keys for x in a] == [y.keys for y in b] and all(
-            torch.equal(getattr(x, name), getattr(y, name)) for x, y in zip(a, b) for name in TENSORS
-        )
 
     plain, served = make(0, None), make(2, "local")
-    try:
-        want = [next(plain) for _ in range(10)]
-        got = [next(served) for _ in range(4)]
-        time.sleep(0.5)
-        state = served.state_dict()  # the service has been given the clips of later batches
-        assert same(got + [next(served) for _ in range(6)], want)
-        assert max(float(batch.patches.float().std()) for batch in want) > 0
-    finally:
-        plain.close()
-        served.close()
+    want = [next(plain) for _ in range(10)]
+    got = [next(served) for _ in range(4)]
+    time.sleep(0.5)
+    state = served.state_dict()  # the service has been given the clips of later batches
+    assert same(got + [next(served) for _ in range(6)], want)
+    assert max(float(batch.patches.float().std()) for batch in want) > 0
+    plain.close()
+    served.close()  # with its Ray, whose threads the next loader's fork should not meet
     resumed = make(0, None)
-    try:
-        resumed.load_state_dict(state)
-        assert same([next(resumed) for _ in range(6)], want[4:])
-    finally:
-        resumed.close()
+    resumed.load_state_dict(state)
+    assert same([next(resumed) for _ in range(6)], want[4:])
 
 
 @pytest.mark.ray

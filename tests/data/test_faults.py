@@ -10,6 +10,7 @@ import random
 import shutil
 import tarfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,7 @@ from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 import keye_data.energon_source
 from keye_data.accounting import Account
 from keye_data.errors import DataError
-from keye_data.loader import Loader
-from keye_data.processor import Processor
-from keye_data.settings import DataConfig, ImageConfig, SourceConfig, VideoConfig
+from keye_data.settings import ImageConfig
 
 PER_SHARD = 20
 
@@ -114,27 +113,18 @@ def shards(tmp_path_factory, make_clip, make_picture) -> tuple[Path, set[str], d
     return folder, *expected
 
 
-def open_loader(tokenizer, folder: Path, rank: int = 0, ranks: int = 1, workers: int = 0, **changes) -> Loader:
-    settings = DataConfig(
-        tokenizer="-",
-        sources=[SourceConfig(str(folder))],
-        seq_length=160,
-        packing_buffer=16,
-        shuffle_buffer=10,
-        workers=workers,
-        image=ImageConfig(4, 16),
-        video=VideoConfig(min_frame_tokens=4, max_frame_tokens=6),
-        **changes,
-    )
-    processor = Processor(tokenizer, settings)
-    return Loader(settings, processor, rank=rank, world_size=ranks, micro_batch_size=3, seed=5, repeat=False)
+@pytest.fixture
+def one_epoch(open_loader):
+    """one_epoch(folder, ...) -> a loader that reads every sample once."""
+    numbers = {"packing_buffer": 16, "shuffle_buffer": 10, "image": ImageConfig(4, 16)}
+    return partial(open_loader, micro_batch_size=3, seed=5, repeat=False, **numbers)
 
 
-def run(tokenizer, folder: Path, ranks: int, workers: int, **changes) -> tuple[list[str], list, Account]:
+def run(one_epoch, folder: Path, ranks: int, workers: int, **changes) -> tuple[list[str], list, Account]:
     """One epoch of all ranks: keys of the samples used, those reported, and the account."""
     batches = []
     for rank in range(ranks):
-        loader = open_loader(tokenizer, folder, rank, ranks, workers, **changes)
+        loader = one_epoch(folder, rank=rank, world_size=ranks, workers=workers, **changes)
         batches += list(loader)
         loader.close()
     masked = {one.key for batch in batches for one in batch.bad if one.masked}
@@ -143,9 +133,9 @@ def run(tokenizer, folder: Path, ranks: int, workers: int, **changes) -> tuple[l
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 1)])
-def test_every_good_sample_once_and_every_bad_one_named(tokenizer, shards, ranks, workers):
+def test_every_good_sample_once_and_every_bad_one_named(one_epoch, shards, ranks, workers):
     folder, good, bad = shards
-    used, reported, account = run(tokenizer, folder, ranks, workers)
+    used, reported, account = run(one_epoch, folder, ranks, workers)
     assert sorted(used) == sorted(good)
     assert {one.key: one.reason for one in reported} == bad and len(reported) == len(bad)
     assert all(one.key in one.message and one.source == str(folder) for one in reported)
@@ -153,14 +143,14 @@ def test_every_good_sample_once_and_every_bad_one_named(tokenizer, shards, ranks
     assert sum(account.reasons.values()) == len(bad)
 
 
-def test_a_cut_shard_loses_its_end_only(tokenizer, shards, tmp_path):
+def test_a_cut_shard_loses_its_end_only(one_epoch, shards, tmp_path):
     folder, good, bad = shards
     copy = shutil.copytree(folder, tmp_path / "copy")
     tar = copy / "part-003.tar"
     with tarfile.open(tar) as opened:
         cut = next(entry for entry in opened if entry.name.startswith("0072."))
     tar.write_bytes(tar.read_bytes()[: cut.offset_data + 10])
-    used, reported, account = run(tokenizer, copy, 1, 1)
+    used, reported, account = run(one_epoch, copy, 1, 1)
     lost = {f"{folder}/part-003.tar/{i:04d}" for i in range(72, 80)}
     assert sorted(used) == sorted(key.replace(str(folder), str(copy)) for key in good - lost)
     unreadable = {one.key for one in reported if one.reason == "unreadable shard"}
@@ -168,7 +158,7 @@ def test_a_cut_shard_loses_its_end_only(tokenizer, shards, tmp_path):
     assert account.epochs({str(copy): len(good) + len(bad)}) == {str(copy): 1.0}
 
 
-def test_what_energon_drops_is_named_too(tokenizer, shards, monkeypatch):
+def test_what_energon_drops_is_named_too(one_epoch, shards, monkeypatch):
     """Energon itself drops a batch that cannot be made; nothing else is lost with it."""
     folder, good, bad = shards
     first = min(good)
@@ -182,7 +172,7 @@ def test_what_energon_drops_is_named_too(tokenizer, shards, monkeypatch):
         return collate(rows, *rest)
 
     monkeypatch.setattr(keye_data.energon_source, "collate", collate_most)
-    used, reported, account = run(tokenizer, folder, 1, 0)
+    used, reported, account = run(one_epoch, folder, 1, 0)
     assert len(dropped) > 1 and sorted(used) == sorted(good - set(dropped))
     named = {one.key: one for one in reported}
     assert set(named) == set(bad) | set(dropped) and len(reported) == len(named)
@@ -190,16 +180,16 @@ def test_what_energon_drops_is_named_too(tokenizer, shards, monkeypatch):
     assert account.epochs({str(folder): len(good) + len(bad)}) == {str(folder): 1.0}
 
 
-def test_data_that_changed_under_a_checkpoint_is_refused(tokenizer, shards, tmp_path):
+def test_data_that_changed_under_a_checkpoint_is_refused(one_epoch, shards, tmp_path):
     """The saved buffers point to samples that can no longer be read: going on without them would be another order."""
     folder, _, _ = shards
     copy = shutil.copytree(folder, tmp_path / "copy")
-    loader = open_loader(tokenizer, copy)
+    loader = one_epoch(copy)
     next(loader)
     state = loader.state_dict()
     for tar in copy.glob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
-    resumed = open_loader(tokenizer, copy)
+    resumed = one_epoch(copy)
     resumed.load_state_dict(state)
     with pytest.raises(
         DataError, match=r"not what it was when the checkpoint was written; put it back as it was: .*/copy/"
@@ -207,18 +197,18 @@ def test_data_that_changed_under_a_checkpoint_is_refused(tokenizer, shards, tmp_
         next(resumed)
 
 
-def test_a_damaged_index_is_refused_before_the_first_batch(tokenizer, shards, tmp_path):
+def test_a_damaged_index_is_refused_before_the_first_batch(one_epoch, shards, tmp_path):
     folder, _, _ = shards
     copy = shutil.copytree(folder, tmp_path / "copy")
     index = copy / "part-004.tar.idx"
     index.write_bytes(index.read_bytes()[:-8])
     with pytest.raises(DataError, match=r"part-004\.tar\.idx is missing or damaged; build it"):
-        open_loader(tokenizer, copy)
+        one_epoch(copy)
 
 
-def test_documents_may_be_cut_instead_of_skipped(tokenizer, shards):
+def test_documents_may_be_cut_instead_of_skipped(one_epoch, shards):
     folder, good, bad = shards
-    used, reported, _ = run(tokenizer, folder, 1, 0, too_long="cut")
+    used, reported, _ = run(one_epoch, folder, 1, 0, too_long="cut")
     long = {key for key, reason in bad.items() if reason == "too long"}
     assert sorted(used) == sorted(good | long)
     assert {one.key for one in reported} == set(bad) - long

@@ -19,8 +19,7 @@ from training_runs import command, finish, metrics, start
 from keye_data import video
 from keye_data.energon_source import WorkerBatch
 from keye_data.loader import Loader
-from keye_data.processor import Processor
-from keye_data.settings import DataConfig, SourceConfig, VideoConfig
+from keye_data.settings import VideoConfig
 from keye_data.shards import build_shards
 from keye_data.stretch import Stretch
 
@@ -76,18 +75,12 @@ def build(folder: Path, clips: dict[str, bytes | Path], *, samples: int = 1) -> 
     return folder / "shards"
 
 
-def make_loader(tokenizer, shards: Path, video_settings: VideoConfig, **changes) -> Loader:
-    options = {"seq_length": 8192, "packing_buffer": 4, "shuffle_buffer": 4, "workers": 0, **changes}
-    settings = DataConfig(tokenizer="-", sources=[SourceConfig(str(shards))], video=video_settings, **options)
-    return Loader(settings, Processor(tokenizer, settings), rank=0, world_size=1, micro_batch_size=1, seed=3)
-
-
-def test_two_hours_keep_every_frame_in_its_place(tokenizer, two_hours, tmp_path):
+def test_two_hours_keep_every_frame_in_its_place(open_loader, tokenizer, two_hours, tmp_path):
     """Build, load, pack, decode: the frames of a clip that lies in 60 pieces are those that its plan names."""
     shards = build(tmp_path / "in", {"long.mp4": two_hours, "second.mp4": numbered(900, 1)})
     # an eighth of stage 3's budget in an eighth of its row, but frames of 4 tokens: 512 frames of a film
     limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=16, total_tokens=2048, max_frames=360)
-    loader = make_loader(tokenizer, shards, limits, seq_length=8192, packing=False, shuffle_buffer=1)
+    loader = open_loader(shards, video=limits, seq_length=8192, packing=False, shuffle_buffer=1)
     seen = {}
     for _ in range(3):
         batch = next(loader)
@@ -102,7 +95,6 @@ def test_two_hours_keep_every_frame_in_its_place(tokenizer, two_hours, tmp_path)
             for text in tokenizer.decode(batch.input_ids[0]).split("<|frame|>")[1:]
         ]
         assert stamps == seen[batch.keys[0].rsplit("/", 1)[1]]  # at one frame a second, a number is a time
-    loader.close()
     frames = np.linspace(0, 7199, 360).round().astype(int).tolist()
     assert seen["000000000"] == frames  # max_frames
     assert len(seen["000000001"]) == 2048 * 0.5 // 4  # half the budget up to 1,024 s
@@ -112,18 +104,17 @@ def test_two_hours_keep_every_frame_in_its_place(tokenizer, two_hours, tmp_path)
     )
 
 
-def test_the_row_limits_the_budget(tokenizer, two_hours, tmp_path):
+def test_the_row_limits_the_budget(open_loader, two_hours, tmp_path):
     shards = build(tmp_path / "in", {"long.mp4": two_hours})
     limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=16, total_tokens=100_000)
-    loader = make_loader(tokenizer, shards, limits, seq_length=2048)
+    loader = open_loader(shards, video=limits, seq_length=2048)
     batch = next(loader)
-    loader.close()
     used = int((batch.key_stop > batch.key_start).sum())
     assert 0.97 * 2048 < used <= 2048 and batch.skipped == {}
     assert read_numbers(batch.patches.numpy(), batch.grid.numpy())[-1] == 7199
 
 
-def test_batches_before_decoding_hold_no_film_until_they_are_packed(tokenizer, two_hours, tmp_path, monkeypatch):
+def test_batches_before_decoding_hold_no_film_until_they_are_packed(open_loader, two_hours, tmp_path, monkeypatch):
     from keye_data import carry as module
     from keye_data import energon_source
 
@@ -139,7 +130,7 @@ def test_batches_before_decoding_hold_no_film_until_they_are_packed(tokenizer, t
     limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=4, max_frames=200)
     want = None
     for _ in range(3):
-        loader = make_loader(tokenizer, shards, limits, packing=False)
+        loader = open_loader(shards, video=limits, seq_length=8192, packing=False)
         item = next(iter(loader._loader))
         assert isinstance(item, WorkerBatch)
         parts = [part for document in item.rows.documents for media in document.media for part in media.parts]
@@ -154,45 +145,43 @@ def test_batches_before_decoding_hold_no_film_until_they_are_packed(tokenizer, t
         waiting.clear()
 
 
-def test_resume_is_exact_with_films_in_the_buffers(tokenizer, two_hours, tmp_path):
+def test_resume_is_exact_with_films_in_the_buffers(open_loader, two_hours, tmp_path):
     shards = build(tmp_path / "in", {"long.mp4": two_hours, "second.mp4": numbered(900, 1)}, samples=3)
     limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=4, max_frames=24)
     options = {"seq_length": 1024, "workers": 1}
-    loader = make_loader(tokenizer, shards, limits, **options)
+    loader = open_loader(shards, video=limits, **options)
     next(loader)
     state = loader.state_dict()
     want = [next(loader) for _ in range(2)]
     loader.close()
-    resumed = make_loader(tokenizer, shards, limits, **options)
+    resumed = open_loader(shards, video=limits, **options)
     resumed.load_state_dict(state)
     for one in want:
         other = next(resumed)
         assert one.keys == other.keys and (one.input_ids == other.input_ids).all()
         assert (one.patches == other.patches).all() and one.skipped == other.skipped == {}
-    resumed.close()
 
 
-def test_film_that_vanishes_behind_the_buffers_masks_its_document(tokenizer, two_hours, tmp_path, caplog):
+def test_film_that_vanishes_behind_the_buffers_masks_its_document(open_loader, two_hours, tmp_path, caplog):
     shards = build(tmp_path / "in", {"long.mp4": two_hours})
     limits = VideoConfig(min_frame_tokens=4, max_frame_tokens=4, max_frames=100)
-    loader = make_loader(tokenizer, shards, limits, packing=False)
+    loader = open_loader(shards, video=limits, seq_length=8192, packing=False)
     tar = next(shards.glob("*.tar"))
     data = bytearray(tar.read_bytes())
     at = data.index(b".007.mp4") // 512 * 512 + 512  # the member behind this header
     data[at : at + 4096] = b"\xa5" * 4096
     tar.write_bytes(data)
     batch = next(loader)
-    loader.close()
     assert batch.skipped == {"corrupt clip": 1} and batch.bad[0].masked and batch.bad[0].key == batch.keys[0]
     assert (batch.targets == -100).all() and batch.keys[0] in caplog.text
     assert (batch.patches == 0).all() and len(batch.grid) == 100
 
 
 @pytest.mark.slow  # 230 MB of film are built into shards
-def test_a_real_hour_is_exact(tokenizer, hour_of_film, tmp_path):
+def test_a_real_hour_is_exact(open_loader, hour_of_film, tmp_path):
     shards = build(tmp_path / "in", {"film.mp4": hour_of_film})
     limits = VideoConfig(min_frame_tokens=16, max_frame_tokens=32, max_frames=10)
-    loader = make_loader(tokenizer, shards, limits, seq_length=1024, packing=False)
+    loader = open_loader(shards, video=limits, seq_length=1024, packing=False)
     batch = next(loader)
     loader.close()
     frames = np.linspace(0, video.probe(hour_of_film).n_frames - 1, 10).round().astype(int)
@@ -233,10 +222,10 @@ def watch(loader: Loader, samples: int) -> tuple[int, list[int], int]:
 
 @pytest.mark.slow  # 230 MB of film are read and trimmed for every sample
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
-def test_memory_of_a_worker_is_bounded_on_a_real_hour(tokenizer, hour_of_film, tmp_path):
+def test_memory_of_a_worker_is_bounded_on_a_real_hour(open_loader, hour_of_film, tmp_path):
     """At stage 3's budget, 2,880 frames of 64 tokens: all groups of the film are needed, 230 MB."""
     shards = build(tmp_path / "in", {"film.mp4": hour_of_film}, samples=2)
-    loader = make_loader(tokenizer, shards, VideoConfig(), seq_length=262_144, workers=1, packing_buffer=2)
+    loader = open_loader(shards, video=VideoConfig(), seq_length=262_144, workers=1, packing_buffer=2)
     frames, _, peak = watch(loader, 4)
     assert frames == 4 * 2880
     assert peak < 1500 * MIB
@@ -244,11 +233,11 @@ def test_memory_of_a_worker_is_bounded_on_a_real_hour(tokenizer, hour_of_film, t
 
 @pytest.mark.slow  # 200 samples of 60 segments each
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
-def test_memory_of_a_worker_does_not_grow(tokenizer, two_hours, tmp_path):
+def test_memory_of_a_worker_does_not_grow(open_loader, two_hours, tmp_path):
     """200 samples of two hours in a forked worker, at stage 3's total budget."""
     shards = build(tmp_path / "in", {"long.mp4": two_hours}, samples=40)
     limits = VideoConfig(max_frames=360)
-    loader = make_loader(tokenizer, shards, limits, seq_length=262_144, workers=1, packing_buffer=16)
+    loader = open_loader(shards, video=limits, seq_length=262_144, workers=1, packing_buffer=16)
     frames, now, peak = watch(loader, 200)
     assert frames >= 200 * 360  # rows hold several samples
     assert peak < 1500 * MIB

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,10 +17,10 @@ import pytest
 import torch
 
 from keye_data.loader import Loader
-from keye_data.processor import Processor
 from keye_data.sample import Batch
-from keye_data.settings import DataConfig, ImageConfig, SourceConfig, VideoConfig
+from keye_data.settings import ImageConfig, SourceConfig
 from keye_data.shards import build_shards
+from tests.data.loading import TENSORS
 
 LAST = 18  # batches of a whole run: several epochs of both sources
 EVERY = 3  # batches between checkpoints
@@ -46,38 +47,14 @@ def sources(tmp_path_factory, make_clip) -> list[SourceConfig]:
 
 
 @pytest.fixture
-def make(tokenizer, sources):
-    def make(*, rank: int = 0, ranks: int = 1, workers: int, repeat: bool = True) -> Loader:
-        settings = DataConfig(
-            tokenizer="-",
-            sources=sources,
-            long_short_ratio=1.0,
-            seq_length=160,
-            packing_buffer=8,
-            shuffle_buffer=6,
-            workers=workers,
-            image=ImageConfig(4, 16),
-            video=VideoConfig(min_frame_tokens=4, max_frame_tokens=6),
-        )
-        return Loader(
-            settings,
-            Processor(tokenizer, settings),
-            rank=rank,
-            world_size=ranks,
-            micro_batch_size=2,
-            seed=3,
-            repeat=repeat,
-        )
-
-    return make
+def make(open_loader, sources):
+    numbers = {"packing_buffer": 8, "shuffle_buffer": 6, "image": ImageConfig(4, 16), "micro_batch_size": 2}
+    return partial(open_loader, *sources, long_short_ratio=1.0, **numbers)
 
 
 def digest(batch: Batch) -> dict:
     """Which samples, which of their frames (as pixels: two frames of a clip differ), which tokens, what was skipped."""
-    hashes = {
-        name: hashlib.sha256(getattr(batch, name).numpy().tobytes()).hexdigest()[:16]
-        for name in ("input_ids", "targets", "position_ids", "key_start", "key_stop", "patches", "grid")
-    }
+    hashes = {name: hashlib.sha256(getattr(batch, name).numpy().tobytes()).hexdigest()[:16] for name in TENSORS}
     return {"keys": batch.keys, "bad": [[one.key, one.reason, one.masked] for one in batch.bad], **hashes}
 
 
@@ -152,13 +129,13 @@ def test_an_epoch_stays_whole_on_another_number_of_ranks(make, before, after, st
 
     states = []
     for rank in range(before[0]):
-        loader = make(rank=rank, ranks=before[0], workers=before[1], repeat=False)
+        loader = make(rank=rank, world_size=before[0], workers=before[1], repeat=False)
         read(loader, stop // before[0] + 1)
         states.append(loader.state_dict())
         loader.close()
     assert (len(found) < 48) == (stop < 99)
     for rank in range(after[0]):
-        loader = make(rank=rank, ranks=after[0], workers=after[1], repeat=False)
+        loader = make(rank=rank, world_size=after[0], workers=after[1], repeat=False)
         loader.load_state_dict(states)
         read(loader, 100)
         loader.close()

@@ -15,10 +15,10 @@ import torch
 import keye_data.loader
 from keye_data.errors import DataError
 from keye_data.loader import Loader
-from keye_data.processor import Processor
 from keye_data.sample import IGNORE, Batch
-from keye_data.settings import DataConfig, ImageConfig, SourceConfig, VideoConfig
+from keye_data.settings import ImageConfig, SourceConfig
 from keye_data.shards import build_shards
+from tests.data.loading import same
 
 LENGTH = 160
 
@@ -55,54 +55,19 @@ def folders(tmp_path_factory, make_picture, make_clip) -> dict[str, Path]:
 
 
 @pytest.fixture
-def make_loader(tokenizer, folders):
-    loaders: list[Loader] = []
+def make_loader(open_loader, folders):
+    numbers = {"seq_length": LENGTH, "packing_buffer": 6, "shuffle_buffer": 5, "micro_batch_size": 2, "seed": 1}
 
-    def make(
-        *names, rank=0, world_size=1, micro_batch_size=2, seed=1, paths=(), weights=(1.0,) * 9, **changes
-    ) -> Loader:
-        sources = [
-            SourceConfig(str(path), weight)
-            for path, weight in zip([*(folders[name] for name in names), *paths], weights)
-        ]
-        options = {"seq_length": LENGTH, "packing_buffer": 6, "shuffle_buffer": 5, "workers": 0, **changes}
-        settings = DataConfig(
-            tokenizer="-",
-            sources=sources,
-            image=ImageConfig(4, 16),
-            video=VideoConfig(min_frame_tokens=4, max_frame_tokens=6),
-            **options,
-        )
-        loader = Loader(
-            settings,
-            Processor(tokenizer, settings),
-            rank=rank,
-            world_size=world_size,
-            micro_batch_size=micro_batch_size,
-            seed=seed,
-        )
-        loaders.append(loader)
-        return loader
+    def make(*names, paths=(), weights=(1.0,) * 9, **changes) -> Loader:
+        paths = [*(folders[name] for name in names), *paths]
+        sources = [SourceConfig(str(path), weight) for path, weight in zip(paths, weights)]
+        return open_loader(*sources, image=ImageConfig(4, 16), **{**numbers, **changes})
 
-    yield make
-    for loader in loaders:
-        loader.close()
+    return make
 
 
 def take(loader: Loader, count: int) -> list[Batch]:
     return [next(loader) for _ in range(count)]
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    """Order and bytes."""
-    tensors = ("input_ids", "targets", "position_ids", "key_start", "key_stop", "patches", "grid")
-    return len(a) == len(b) and all(
-        x.keys == y.keys
-        and x.sources == y.sources
-        and x.skipped == y.skipped
-        and all(torch.equal(getattr(x, name), getattr(y, name)) for name in tensors)
-        for x, y in zip(a, b)
-    )
 
 
 def test_batches_are_whole(make_loader):

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import torch
 
-from keye_data.loader import Loader
-from keye_data.processor import Processor
-from keye_data.settings import DataConfig, SourceConfig, VideoConfig
 from keye_data.shards import build_shards
 from keye_data.shards.index import write_index
 
@@ -35,7 +32,7 @@ def without_tables(shards: Path) -> int:
     return count
 
 
-def test_clips_without_tables_give_the_same_batches(tokenizer, make_clip, tmp_path):
+def test_clips_without_tables_give_the_same_batches(open_loader, make_clip, tmp_path):
     source = tmp_path / "in"
     source.mkdir()
     with (source / "data.jsonl").open("w") as lines:
@@ -49,14 +46,7 @@ def test_clips_without_tables_give_the_same_batches(tokenizer, make_clip, tmp_pa
     for old in (False, True):
         if old:
             assert without_tables(tmp_path / "shards") == 5
-        settings = DataConfig(
-            tokenizer="-",
-            sources=[SourceConfig(str(tmp_path / "shards"))],
-            video=VideoConfig(min_frame_tokens=4, max_frame_tokens=6),
-            seq_length=512,
-            workers=0,
-        )
-        loader = Loader(settings, Processor(tokenizer, settings), rank=0, world_size=1, micro_batch_size=1, seed=1)
+        loader = open_loader(tmp_path / "shards", seq_length=512, packing_buffer=64, shuffle_buffer=100, seed=1)
         runs.append([next(loader) for _ in range(3)])
         loader.close()
     for new, bare in zip(*runs):

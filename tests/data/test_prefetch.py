@@ -10,15 +10,13 @@ import threading
 import time
 
 import pytest
-import torch
 
 from keye_data.errors import DataError
 from keye_data.loader import Loader
 from keye_data.prefetch import Prefetch
-from keye_data.processor import Processor
-from keye_data.sample import Batch
-from keye_data.settings import DataConfig, SourceConfig, VideoConfig
+from keye_data.settings import VideoConfig
 from keye_data.shards import build_shards
+from tests.data.loading import same
 
 
 class Maker:
@@ -132,8 +130,6 @@ def test_a_signal_reaches_the_handler_while_a_batch_is_waited_for():
 
 # ---- the loader
 
-TENSORS = ("input_ids", "targets", "position_ids", "key_start", "key_stop", "patches", "grid")
-
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, make_clip):
@@ -150,33 +146,12 @@ def shards(tmp_path_factory, make_clip):
 
 
 @pytest.fixture
-def make_loader(tokenizer, shards):
-    loaders: list[Loader] = []
-
+def make_loader(open_loader, shards):
     def make(prefetch: int, workers: int = 0, **changes) -> Loader:
-        settings = DataConfig(
-            tokenizer="-",
-            sources=[SourceConfig(str(shards))],
-            seq_length=256,
-            packing_buffer=4,
-            shuffle_buffer=4,
-            workers=workers,
-            prefetch=prefetch,
-            video=VideoConfig(min_frame_tokens=4, max_frame_tokens=8, **changes),
-        )
-        processor = Processor(tokenizer, settings)
-        loaders.append(Loader(settings, processor, rank=0, world_size=1, micro_batch_size=1, seed=3))
-        return loaders[-1]
+        video = VideoConfig(min_frame_tokens=4, max_frame_tokens=8, **changes)
+        return open_loader(shards, seq_length=256, workers=workers, prefetch=prefetch, video=video)
 
-    yield make
-    for loader in loaders:
-        loader.close()
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    return [x.keys for x in a] == [y.keys for y in b] and all(
-        torch.equal(getattr(x, name), getattr(y, name)) for x, y in zip(a, b) for name in TENSORS
-    )
+    return make
 
 
 @pytest.mark.parametrize("workers", [0, 2])
